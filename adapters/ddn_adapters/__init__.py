@@ -1,0 +1,1 @@
+"""Built-in backends, one a file; loaded through entry points as any other."""

@@ -1,0 +1,299 @@
+"""What a problem's functions read besides their arguments, found by accessor and watched.
+
+A function may capture tensors, modules and plain values: through closure cells, globals, defaults,
+attributes of its ``self``, containers. A traced graph must not bake them in and go stale. So each
+captured value is known here by its *accessor* (a root such as a closure cell, then attribute and
+item steps), and is
+
+- an **input** of the graph, if it is a floating-point tensor that requires a gradient or belongs to
+  a module: re-read at every call, whoever holds it now;
+- a **constant**, watched: a change of identity or version (tensors), of value (numbers, flags such
+  as ``training``), of structure (containers, modules) or of code (functions) means: trace again.
+
+A layer owns copies of the modules and Parameters; it hands them in as ``overrides`` by anchor name.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import types
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ddn_solvers.problem import Problem
+
+Overrides = Mapping[str, Any]
+_SCALARS = (bool, int, float, complex, str, bytes, type(None))
+_MAX_DEPTH = 5
+# Packages whose functions and objects hold no captures of the user's.
+_FOREIGN = ("torch", "numpy", "scipy", "builtins", "math", "casadi", "cvxpy", "functools", "operator")
+
+
+@dataclass(frozen=True)
+class Accessor:
+    """How to reach a captured object: a root, then steps.
+
+    Attributes:
+        name: How messages call it, for instance ``net.0.weight``.
+        root: Returns the object that the function itself refers to, as of now.
+        steps: ``("attr" | "item", key)`` from the root on.
+        anchor: Name under which a layer registers the first module or Parameter on the way.
+        anchor_depth: Number of steps up to that module or Parameter.
+    """
+
+    name: str
+    root: Callable[[], Any]
+    steps: tuple[tuple[str, Any], ...] = ()
+    anchor: str | None = None
+    anchor_depth: int = 0
+
+    def read(self, overrides: Overrides | None = None) -> Any:
+        """The object as of now.
+
+        Raises:
+            LookupError, AttributeError, ValueError: It is no longer there.
+        """
+        if overrides and self.anchor in overrides:
+            value, steps = overrides[self.anchor], self.steps[self.anchor_depth :]
+        else:
+            value, steps = self.root(), self.steps
+        for kind, key in steps:
+            value = getattr(value, key) if kind == "attr" else value[key]
+        return value
+
+    def read_anchor(self) -> Any:
+        """The module or Parameter that a layer registers for this accessor."""
+        return replace(self, steps=self.steps[: self.anchor_depth]).read()
+
+    def step(self, kind: str, key: Any) -> Accessor:
+        suffix = f".{key}" if kind == "attr" else f"[{key!r}]"
+        return replace(self, name=self.name + suffix, steps=(*self.steps, (kind, key)))
+
+
+@dataclass(frozen=True)
+class Watch:
+    """A captured value that the graph depends on without having it as an input."""
+
+    accessor: Accessor
+    fingerprint: tuple[Any, ...]
+    is_input: bool
+
+    def holds(self, overrides: Overrides | None) -> bool:
+        try:
+            return fingerprint(self.accessor.read(overrides), self.is_input) == self.fingerprint
+        except (LookupError, AttributeError, ValueError, TypeError):
+            return False
+
+
+@dataclass(frozen=True)
+class Captures:
+    """Everything that a problem's functions may read, as of one moment.
+
+    Attributes:
+        inputs: Accessors of the tensors that become inputs, one for each distinct tensor.
+        watches: The rest, compared at each call.
+    """
+
+    inputs: tuple[Accessor, ...]
+    watches: tuple[Watch, ...]
+
+
+def fingerprint(value: Any, is_input: bool) -> tuple[Any, ...]:
+    """Equal fingerprints: the graph that saw the one serves for the other."""
+    if isinstance(value, torch.Tensor):
+        if is_input:
+            return ("input", tuple(value.shape))
+        return ("constant", id(value), None if value.is_inference() else value._version)
+    if isinstance(value, _SCALARS):
+        return (type(value), repr(value))
+    if isinstance(value, torch.nn.Module):
+        return (type(value), tuple(name for name, _ in value.named_children()))
+    if isinstance(value, Mapping):
+        return (type(value), tuple(value))
+    if isinstance(value, (list, tuple)):
+        return (type(value), len(value))
+    code = getattr(value, "__code__", None)
+    return (type(value), code if code is not None else None)
+
+
+def find_captures(problem: Problem) -> Captures:
+    """Walk every function and bound of ``problem``."""
+    inputs: dict[int, Accessor] = {}
+    watches: list[Watch] = []
+    visited: set[int] = set()
+    anchors: dict[str, int] = {}
+    kept_alive: list[Any] = []  # ids are only good while their objects live
+    for accessor, value, in_module in _walk_problem(problem, visited, anchors, kept_alive):
+        is_input = isinstance(value, torch.Tensor) and _is_input(value, in_module)
+        if is_input:
+            first = inputs.setdefault(id(value), accessor)
+            if first is not accessor:  # tied: two names for one tensor must stay one
+                watches.append(_TieWatch(accessor, (), True, first))
+        watches.append(Watch(accessor, fingerprint(value, is_input), is_input))
+    return Captures(tuple(inputs.values()), tuple(watches))
+
+
+@dataclass(frozen=True)
+class _TieWatch(Watch):
+    first: Accessor
+
+    def holds(self, overrides: Overrides | None) -> bool:
+        try:
+            return self.accessor.read(overrides) is self.first.read(overrides)
+        except (LookupError, AttributeError, ValueError, TypeError):
+            return False
+
+
+def _is_input(tensor: torch.Tensor, in_module: bool) -> bool:
+    owned = in_module or isinstance(tensor, torch.nn.Parameter) or tensor.requires_grad
+    return owned and tensor.is_floating_point()
+
+
+Found = tuple[Accessor, Any, bool]
+
+
+class _Walk:
+    """One depth-first walk; ``visited`` stops cycles, tensors are reported each time they are met."""
+
+    def __init__(self, visited: set[int], anchors: dict[str, int], kept_alive: list[Any]) -> None:
+        self.visited, self.anchors, self.kept_alive = visited, anchors, kept_alive
+
+    def value(self, accessor: Accessor, value: Any, depth: int, in_module: bool = False) -> Iterator[Found]:
+        if depth > _MAX_DEPTH and not in_module:
+            return
+        if accessor.anchor is None and isinstance(value, (torch.nn.Module, torch.nn.Parameter)):
+            accessor = replace(
+                accessor, anchor=self._anchor_name(accessor.name, value), anchor_depth=len(accessor.steps)
+            )
+        if isinstance(value, torch.Tensor):
+            self.kept_alive.append(value)
+            yield accessor, value, in_module
+            return
+        if isinstance(value, _SCALARS):
+            yield accessor, value, in_module
+            return
+        if id(value) in self.visited or isinstance(value, type):
+            return
+        self.visited.add(id(value))
+        self.kept_alive.append(value)
+        if isinstance(value, (types.FunctionType, types.MethodType, functools.partial)):
+            yield accessor, value, in_module
+            yield from self.function(accessor, value, depth)
+        elif isinstance(value, torch.nn.Module):
+            yield accessor, value, True
+            yield from self._module(accessor, value, depth)
+        elif isinstance(value, Mapping):
+            yield accessor, value, in_module
+            for key in value:
+                yield from self.value(accessor.step("item", key), value[key], depth + 1)
+        elif isinstance(value, (list, tuple)):
+            yield accessor, value, in_module
+            for key, item in enumerate(value):
+                yield from self.value(accessor.step("item", key), item, depth + 1)
+        elif not _foreign(type(value).__module__) and hasattr(value, "__dict__"):
+            yield accessor, value, in_module
+            for key in list(vars(value)):
+                yield from self.value(accessor.step("attr", key), vars(value)[key], depth + 1)
+
+    def _module(self, accessor: Accessor, module: torch.nn.Module, depth: int) -> Iterator[Found]:
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                yield from self.value(accessor.step("attr", key), tensor, depth + 1, True)
+        for key, child in module.named_children():
+            yield from self.value(accessor.step("attr", key), child, depth + 1, True)
+        for key, attribute in vars(module).items():
+            if not key.startswith("_") and isinstance(attribute, (torch.Tensor, *_SCALARS)):
+                yield from self.value(accessor.step("attr", key), attribute, depth + 1, True)
+
+    def function(self, accessor: Accessor, function: Any, depth: int) -> Iterator[Found]:
+        """Everything that a function refers to: closure, globals it names, defaults, ``self``."""
+        if isinstance(function, functools.partial):
+            yield from self.function(accessor.step("attr", "func"), function.func, depth)
+            for index, argument in enumerate(function.args):
+                yield from self.value(accessor.step("attr", "args").step("item", index), argument, depth + 1)
+            for key, argument in function.keywords.items():
+                here = replace(accessor.step("attr", "keywords").step("item", key), name=key)
+                yield from self.value(here, argument, depth + 1)
+            return
+        if isinstance(function, types.MethodType):
+            yield from self.value(accessor.step("attr", "__self__"), function.__self__, depth + 1)
+            function = function.__func__
+        if not isinstance(function, types.FunctionType) or _foreign(function.__module__):
+            return
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            yield from self._cell(name, cell, depth)
+        for name, default in _defaults(function):
+            yield from self.value(Accessor(name, _constant(default)), default, depth + 1)
+        names = _global_names(function.__code__)
+        for name in sorted(names & function.__globals__.keys()):
+            yield from self._global(name, function.__globals__, names, depth)
+
+    def _cell(self, name: str, cell: types.CellType, depth: int) -> Iterator[Found]:
+        try:
+            value = cell.cell_contents
+        except ValueError:  # not yet assigned
+            return
+        yield from self.value(Accessor(name, lambda: cell.cell_contents), value, depth + 1)
+
+    def _global(self, name: str, scope: dict[str, Any], names: set[str], depth: int) -> Iterator[Found]:
+        value = scope[name]
+        accessor = Accessor(name, lambda: scope[name])
+        if not isinstance(value, types.ModuleType):
+            yield from self.value(accessor, value, depth + 1)
+        elif not _foreign(value.__name__):  # of a Python module, only what the code names
+            for key in sorted(names & vars(value).keys()):
+                yield from self.value(accessor.step("attr", key), vars(value)[key], depth + 2)
+
+    def _anchor_name(self, name: str, value: Any) -> str:
+        base = "".join(c if c.isalnum() else "_" for c in name).strip("_") or "captured"
+        if hasattr(torch.nn.Module, base) or base in _LAYER_ATTRIBUTES:
+            base += "_"
+        candidate, count = base, 0
+        while self.anchors.setdefault(candidate, id(value)) != id(value):
+            count += 1
+            candidate = f"{base}_{count}"
+        return candidate
+
+
+# Attributes of ``DeclarativeLayer`` that a registered capture must not shadow.
+_LAYER_ATTRIBUTES = ("problem", "solver", "options", "policy", "warm_start", "training")
+
+
+def _walk_problem(
+    problem: Problem, visited: set[int], anchors: dict[str, int], kept_alive: list[Any]
+) -> Iterator[Found]:
+    walk = _Walk(visited, anchors, kept_alive)
+    functions = [("objective", problem.objective), *problem.equality.items(), *problem.inequality.items()]  # type: ignore[union-attr]  # normalised to dicts
+    for name, (lower, upper) in (problem.bounds or {}).items():
+        functions += [(f"lower_{name}", lower), (f"upper_{name}", upper)]
+    for name, function in functions:
+        if function is not None and not isinstance(function, (str, int, float)):
+            yield from walk.value(Accessor(name, _constant(function)), function, 0)
+
+
+def _constant(value: Any) -> Callable[[], Any]:
+    return lambda: value
+
+
+def _foreign(module: str | None) -> bool:
+    return (module or "").split(".", 1)[0] in _FOREIGN
+
+
+def _defaults(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    positional = function.__code__.co_varnames[: function.__code__.co_argcount]
+    values = function.__defaults__ or ()
+    yield from zip(positional[len(positional) - len(values) :], values, strict=True)
+    yield from (function.__kwdefaults__ or {}).items()
+
+
+def _global_names(code: types.CodeType) -> set[str]:
+    """Names that the code and the code nested in it load as globals or attributes."""
+    names = {str(i.argval) for i in dis.get_instructions(code) if i.opname.startswith("LOAD_") and i.argval in code.co_names}
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names |= _global_names(constant)
+    return names

@@ -1,0 +1,1 @@
+"""The KKT system: its one assembly and its linear solvers."""

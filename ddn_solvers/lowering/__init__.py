@@ -1,0 +1,1 @@
+"""Graph -> CasADi functions, graph -> CVXPY expressions; neither knows the other."""

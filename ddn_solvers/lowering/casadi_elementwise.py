@@ -1,0 +1,481 @@
+"""Elementwise operations: smooth ones by name, and those with a kink.
+
+Derivatives at a kink follow torch. A step function of x has derivative zero in CasADi, so
+``(x > 0) * x`` differentiates to ``x > 0``: zero at x = 0, as torch's relu.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from typing import Any
+
+import casadi as ca
+import numpy as np
+import torch
+from scipy.special import erfcx
+
+from ddn_solvers.lowering.casadi_tensor import Call, broadcast, concatenate, elementwise, gather, lowers
+
+SMOOTH = {
+    "acos": ca.acos,
+    "acosh": ca.acosh,
+    "asin": ca.asin,
+    "asinh": ca.asinh,
+    "atan": ca.atan,
+    "atan2": ca.atan2,
+    "atanh": ca.atanh,
+    "cos": ca.cos,
+    "cosh": ca.cosh,
+    "erf": ca.erf,
+    "erfinv": ca.erfinv,
+    "exp": ca.exp,
+    "expm1": ca.expm1,
+    "log": ca.log,
+    "log10": ca.log10,
+    "log1p": ca.log1p,
+    "mul": operator.mul,
+    "neg": operator.neg,
+    "sin": ca.sin,
+    "sinh": ca.sinh,
+    "sqrt": ca.sqrt,
+    "tan": ca.tan,
+    "tanh": ca.tanh,
+}
+for _name, _function in SMOOTH.items():
+    elementwise(_name)(_function)
+
+
+@elementwise("add")
+def add(x: Any, y: Any, alpha: float = 1) -> Any:
+    return x + y if alpha == 1 else x + alpha * y
+
+
+@elementwise("sub")
+def sub(x: Any, y: Any, alpha: float = 1) -> Any:
+    return x - y if alpha == 1 else x - alpha * y
+
+
+@elementwise("rsub")
+def rsub(x: Any, y: Any, alpha: float = 1) -> Any:
+    return sub(y, x, alpha)
+
+
+@elementwise("reciprocal")
+def reciprocal(x: Any) -> Any:
+    return 1 / x
+
+
+@elementwise("rsqrt")
+def rsqrt(x: Any) -> Any:
+    return 1 / ca.sqrt(x)
+
+
+@elementwise("square")
+def square(x: Any) -> Any:
+    return x**2
+
+
+@elementwise("exp2")
+def exp2(x: Any) -> Any:
+    return ca.exp(x * math.log(2))
+
+
+@elementwise("log2")
+def log2(x: Any) -> Any:
+    return ca.log(x) / math.log(2)
+
+
+@elementwise("erfc", "special_erfc")
+def erfc(x: Any) -> Any:
+    return 1 - ca.erf(x)
+
+
+@lowers("pow")
+def power(call: Call, base: Any, exponent: Any) -> Any:
+    x, y = call.columns(base, exponent)
+    if isinstance(exponent, int | float):
+        return _constant_power(x, exponent)
+    if isinstance(base, int | float):
+        return base**y
+    if not isinstance(exponent, torch.Tensor):
+        # d/dy x^y = log(x) x^y, which torch takes as zero at x = 0; constpow has no derivative in y.
+        zero = x == 0
+        return ca.if_else(zero, ca.constpow(x, y), (x + zero) ** y)
+    distinct, which = torch.unique(exponent, return_inverse=True)
+    count = call.output.numel()
+    powers = [ca.MX.zeros(count) + _constant_power(x, value) for value in distinct.tolist()]
+    places = which.expand(call.shape).reshape(-1) * count + torch.arange(count)
+    return gather(concatenate(powers), places)
+
+
+def _constant_power(x: Any, exponent: float) -> Any:
+    """Products for whole exponents: CasADi's x^n has NaN among its derivatives at x = 0."""
+    if exponent != int(exponent) or abs(exponent) > 64:
+        return ca.sqrt(x) if exponent == 0.5 else x**exponent
+    if exponent < 0:
+        return 1 / _constant_power(x, -exponent)
+    if exponent < 2:
+        return x if exponent == 1 else ca.MX.ones(x.shape)
+    half = _constant_power(x, exponent // 2)
+    return half**2 * x if exponent % 2 else half**2
+
+
+@elementwise("sigmoid")
+def sigmoid(x: Any) -> Any:
+    nonnegative = x >= 0
+    decay = _decay(x, nonnegative)
+    return ca.if_else(nonnegative, 1, decay) / (1 + decay)
+
+
+@elementwise("log_sigmoid")
+def log_sigmoid(x: Any) -> Any:
+    nonnegative = x >= 0
+    return (1 - nonnegative) * x - ca.log1p(_decay(x, nonnegative))
+
+
+@lowers("log_sigmoid_forward")
+def log_sigmoid_forward(call: Call, x: Any) -> tuple[Any, None]:
+    return log_sigmoid(*call.columns(x)), None
+
+
+def _decay(x: Any, nonnegative: Any) -> Any:
+    """exp(-|x|), differentiated at zero as the branch that ``nonnegative`` chose."""
+    return ca.exp(x * (1 - 2 * nonnegative))
+
+
+@elementwise("silu")
+def silu(x: Any) -> Any:
+    return x * sigmoid(x)
+
+
+@elementwise("softplus")
+def softplus(x: Any, beta: float = 1, threshold: float = 20) -> Any:
+    # As torch: x itself beyond the threshold, where it differs by less than exp(-threshold).
+    linear = beta * x > threshold
+    return linear * x + (1 - linear) * ca.log1p(ca.exp(beta * (1 - linear) * x)) / beta
+
+
+@elementwise("mish")
+def mish(x: Any) -> Any:
+    return x * ca.tanh(softplus(x))
+
+
+@elementwise("gelu")
+def gelu(x: Any, approximate: str = "none") -> Any:
+    if approximate == "tanh":
+        return 0.5 * x * (1 + ca.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    return x * ndtr(x)
+
+
+@elementwise("special_ndtr")
+def ndtr(x: Any) -> Any:
+    return 0.5 * (1 + ca.erf(x / math.sqrt(2)))
+
+
+@functools.cache
+def _scaled_erfcx() -> list[float]:
+    """Chebyshev coefficients of (1 + 2t) erfcx(t), t >= 0, in (t - 3.75) / (t + 3.75).
+
+    After Shepherd and Laframboise, Chebyshev approximation of (1 + 2x) exp(x^2) erfc x (1981).
+    """
+
+    def scaled(mapped: Any) -> Any:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            t = 3.75 * (1 + mapped) / (1 - mapped)
+            return np.where(mapped < 1, (1 + 2 * t) * erfcx(t), 2 / math.sqrt(math.pi))
+
+    return list(np.polynomial.chebyshev.chebinterpolate(scaled, 40))
+
+
+@elementwise("special_log_ndtr")
+def log_ndtr(x: Any) -> Any:
+    """log Phi(x): from erf where Phi is not small, else -x^2/2 + log(erfcx(-x / sqrt 2) / 2)."""
+    tail = x < -1
+    body = ca.log(ndtr((1 - tail) * x))
+    t = ca.if_else(tail, -x, 1) / math.sqrt(2)
+    mapped = (t - 3.75) / (t + 3.75)
+    coefficients = _scaled_erfcx()
+    ahead, current = 0.0, coefficients[-1]  # Clenshaw's recurrence
+    for coefficient in reversed(coefficients[1:-1]):
+        ahead, current = current, coefficient + 2 * mapped * current - ahead
+    series = coefficients[0] + mapped * current - ahead
+    return ca.if_else(tail, -t * t + ca.log(series / (2 * (1 + 2 * t))), body)
+
+
+@elementwise("xlogy", "special_xlogy")
+def xlogy(x: Any, y: Any) -> Any:
+    undefined = ca.logic_and(x == 0, y <= 0)
+    return x * ca.log(ca.if_else(undefined, 1, y))
+
+
+@elementwise("special_entr")
+def entr(x: Any) -> Any:
+    return ca.if_else(x < 0, -math.inf, -x * ca.log(ca.if_else(x > 0, x, 1)))
+
+
+# ---------------------------------------------------------------------------- kinks
+
+
+def safe_sqrt(x: Any) -> Any:
+    """Square root of x >= 0 whose derivatives at zero are zero, as torch has them for norms."""
+    zero = x == 0
+    return (1 - zero) * ca.sqrt(x + zero)
+
+
+def nearest(x: Any) -> Any:
+    """Distance to the nearest integer, with sign."""
+    return x - ca.floor(x + 0.5)
+
+
+def truncate(x: Any) -> Any:
+    return ca.if_else(x >= 0, ca.floor(x), ca.ceil(x))
+
+
+@lowers("abs")
+def absolute(call: Call, x: Any) -> Any:
+    (x,) = call.columns(x)
+    call.kink(x)
+    return ca.fabs(x)
+
+
+@lowers("sign", "sgn")
+def sign(call: Call, x: Any) -> Any:
+    (x,) = call.columns(x)
+    call.kink(x)
+    return ca.sign(x)
+
+
+@lowers("relu")
+def relu(call: Call, x: Any) -> Any:
+    (x,) = call.columns(x)
+    call.kink(x)
+    return (x > 0) * x
+
+
+@lowers("leaky_relu")
+def leaky_relu(call: Call, x: Any, negative_slope: float = 0.01) -> Any:
+    (x,) = call.columns(x)
+    call.kink(x)
+    return (negative_slope + (1 - negative_slope) * (x > 0)) * x
+
+
+@lowers("elu")
+def elu(call: Call, x: Any, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Any:
+    (x,) = call.columns(x)
+    if alpha * input_scale != 1:
+        call.kink(x)
+    return scale * ((x > 0) * x + alpha * ca.expm1(input_scale * (x <= 0) * x))
+
+
+@lowers("hardtanh")
+def hardtanh(call: Call, x: Any, low: float = -1, high: float = 1) -> Any:
+    (x,) = call.columns(x)
+    call.kink(x - low)
+    call.kink(x - high)
+    below, above = x <= low, x >= high
+    return below * low + above * high + (1 - below - above) * x
+
+
+@lowers("relu6")
+def relu6(call: Call, x: Any) -> Any:
+    return hardtanh(call, x, 0, 6)
+
+
+@lowers("clamp", "clip")
+def clamp(call: Call, x: Any, min: Any = None, max: Any = None) -> Any:
+    x, low, high = call.columns(x, min, max)
+    result = x
+    if low is not None:
+        call.kink(x - low)
+        result = ca.if_else(x < low, low, result)
+    if high is not None:
+        call.kink(x - high)
+        above = x > high if low is None else ca.logic_or(x > high, low > high)
+        result = ca.if_else(above, high, result)
+    return result
+
+
+@lowers("clamp_min")
+def clamp_min(call: Call, x: Any, low: Any) -> Any:
+    return clamp(call, x, low, None)
+
+
+@lowers("clamp_max")
+def clamp_max(call: Call, x: Any, high: Any) -> Any:
+    return clamp(call, x, None, high)
+
+
+@lowers("maximum", "max.other")
+def maximum(call: Call, x: Any, y: Any) -> Any:
+    x, y = call.columns(x, y)
+    call.kink(x - y)
+    return ca.fmax(x, y)
+
+
+@lowers("minimum", "min.other")
+def minimum(call: Call, x: Any, y: Any) -> Any:
+    x, y = call.columns(x, y)
+    call.kink(x - y)
+    return ca.fmin(x, y)
+
+
+@lowers("fmax")
+def fmax(call: Call, x: Any, y: Any) -> Any:
+    x, y = call.columns(x, y)
+    call.kink(x - y)
+    return ca.if_else(x >= y, x, y)
+
+
+@lowers("fmin")
+def fmin(call: Call, x: Any, y: Any) -> Any:
+    x, y = call.columns(x, y)
+    call.kink(x - y)
+    return ca.if_else(x <= y, x, y)
+
+
+@lowers("hypot")
+def hypot(call: Call, x: Any, y: Any) -> Any:
+    x, y = call.columns(x, y)
+    result = safe_sqrt(x * x + y * y)
+    call.kink(result)
+    return result
+
+
+@lowers("floor")
+def floor(call: Call, x: Any) -> Any:
+    (x,) = call.columns(x)
+    call.kink(nearest(x))
+    return ca.floor(x)
+
+
+@lowers("ceil")
+def ceil(call: Call, x: Any) -> Any:
+    (x,) = call.columns(x)
+    call.kink(nearest(x))
+    return ca.ceil(x)
+
+
+@lowers("trunc", "fix")
+def trunc(call: Call, x: Any) -> Any:
+    (x,) = call.columns(x)
+    call.kink(ca.if_else(ca.fabs(x) < 0.5, 1, nearest(x)))
+    return truncate(x)
+
+
+@lowers("frac")
+def frac(call: Call, x: Any) -> Any:
+    return call.columns(x)[0] - trunc(call, x)
+
+
+@lowers("round.default")
+def round_(call: Call, x: Any) -> Any:
+    (x,) = call.columns(x)
+    call.kink(nearest(x + 0.5))
+    up = ca.floor(x + 0.5)
+    halfway_to_odd = ca.logic_and(up == x + 0.5, up / 2 != ca.floor(up / 2))
+    return up - halfway_to_odd
+
+
+@lowers("div")
+def div(call: Call, x: Any, y: Any, rounding_mode: str | None = None) -> Any:
+    x, y = call.columns(x, y)
+    if rounding_mode is None:
+        return x / y
+    call.kink(nearest(x / y))
+    return ca.floor(x / y) if rounding_mode == "floor" else truncate(x / y)
+
+
+@lowers("floor_divide")
+def floor_divide(call: Call, x: Any, y: Any) -> Any:
+    return div(call, x, y, rounding_mode="floor")
+
+
+@lowers("remainder")
+def remainder(call: Call, x: Any, y: Any) -> Any:
+    return broadcast(x, call.shape) - broadcast(y, call.shape) * div(call, x, y, rounding_mode="floor")
+
+
+@lowers("fmod")
+def fmod(call: Call, x: Any, y: Any) -> Any:
+    return broadcast(x, call.shape) - broadcast(y, call.shape) * div(call, x, y, rounding_mode="trunc")
+
+
+# ------------------------------------------------------------- losses, smooth in their first derivative
+
+
+@lowers("huber_loss")
+def huber_loss(call: Call, x: Any, target: Any, reduction: int = 1, delta: float = 1) -> Any:
+    residual = _difference(x, target)
+    clipped = ca.fmax(-delta, ca.fmin(residual, delta))
+    return _reduced(clipped * (residual - clipped / 2), reduction)
+
+
+@lowers("smooth_l1_loss")
+def smooth_l1_loss(call: Call, x: Any, target: Any, reduction: int = 1, beta: float = 1) -> Any:
+    if beta == 0:
+        residual = _difference(x, target)
+        call.kink(residual)
+        return _reduced(ca.fabs(residual), reduction)
+    return huber_loss(call, x, target, reduction, beta) / beta
+
+
+@lowers("mse_loss")
+def mse_loss(call: Call, x: Any, target: Any, reduction: int = 1) -> Any:
+    return _reduced(_difference(x, target) ** 2, reduction)
+
+
+def _difference(x: Any, target: Any) -> Any:
+    shape = torch.broadcast_shapes(x.shape, target.shape)
+    return broadcast(x, shape) - broadcast(target, shape)
+
+
+def _reduced(losses: Any, reduction: int) -> Any:
+    """0 keeps the entries, 1 is their mean, 2 their sum."""
+    if reduction == 0:
+        return losses
+    return ca.sum1(losses) / (losses.numel() if reduction == 1 else 1)
+
+
+# ---------------------------------------------------------------------------- truth values
+
+COMPARISONS = {
+    "eq": operator.eq,
+    "ge": operator.ge,
+    "gt": operator.gt,
+    "le": operator.le,
+    "lt": operator.lt,
+    "ne": operator.ne,
+}
+
+
+def _register_comparison(name: str, compare: Any) -> None:
+    @lowers(name)
+    def comparison(call: Call, x: Any, y: Any) -> Any:
+        # Whatever is made of the answer, a selection by `where` or a sum, it steps where x = y.
+        x, y = call.columns(x, y)
+        call.kink(x - y)
+        return compare(x, y)
+
+
+for _name, _compare in COMPARISONS.items():
+    _register_comparison(_name, _compare)
+
+
+elementwise("logical_and", "bitwise_and")(ca.logic_and)
+elementwise("logical_or", "bitwise_or")(ca.logic_or)
+elementwise("logical_not", "bitwise_not")(ca.logic_not)
+
+
+@elementwise("logical_xor", "bitwise_xor")
+def logical_xor(x: Any, y: Any) -> Any:
+    return ca.logic_not(x) != ca.logic_not(y)
+
+
+@lowers("to", "_to_copy", "type_as")
+def convert(call: Call, x: Any, *_: Any, **__: Any) -> Any:
+    (entries,) = call.columns(x)
+    if call.output.dtype.is_floating_point or x.dtype is torch.bool:
+        return entries
+    return entries != 0 if call.output.dtype is torch.bool else trunc(call, x)

@@ -1,0 +1,70 @@
+"""A compiled function over a batch of NumPy arrays, without a Python loop and without copies.
+
+CasADi functions work on columns; a (B, n) row-major array is a batch of B columns as it lies in
+memory. So the arrays are handed over as they are, and ``Function.map`` runs over the batch.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import casadi as ca
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+_MAX_MAPS = 16  # batch sizes kept; a training loop has two or three
+
+
+class Kernel:
+    """Calls ``function`` on (B, size) arrays; 1-d arrays are shared by all samples.
+
+    Args:
+        function: Takes and returns dense columns.
+        reduced: ``{output: input}``: that output belongs to that input and is summed over the batch
+            where the input is shared (the gradient of a shared parameter).
+    """
+
+    def __init__(self, function: ca.Function, reduced: dict[int, int] | None = None) -> None:
+        self.function = function
+        self._reduced = reduced or {}
+        self._maps: dict[tuple[int, tuple[int, ...]], ca.Function] = {}
+        self._lock = threading.Lock()
+        self._sizes_out = [function.numel_out(i) for i in range(function.n_out())]
+
+    def __call__(self, *arrays: Array) -> list[Array]:
+        """Outputs of shape (B, size), or (size,) for an output summed over the batch."""
+        batch = max((a.shape[0] for a in arrays if a.ndim == 2), default=1)
+        shared = tuple(i for i, a in enumerate(arrays) if a.ndim == 1)
+        function = self.function if batch == 1 else self._mapped(batch, shared)
+        outputs = [
+            np.empty(size if self._reduced.get(i) in shared else (batch, size))
+            for i, size in enumerate(self._sizes_out)
+        ]
+        if batch == 0:
+            return [np.zeros_like(output) for output in outputs]
+        buffer, trigger = function.buffer()
+        held = []  # the buffer keeps no reference to the memory
+        for i, array in enumerate(arrays):
+            if array.size:
+                flat = np.ascontiguousarray(array, dtype=np.float64).reshape(-1)
+                held.append(flat)
+                buffer.set_arg(i, memoryview(flat) if flat.flags.writeable else memoryview(flat.copy()))
+        for i, output in enumerate(outputs):
+            if output.size:
+                buffer.set_res(i, memoryview(output.reshape(-1)))
+        trigger()
+        return outputs
+
+    def _mapped(self, batch: int, shared: tuple[int, ...]) -> ca.Function:
+        key = (batch, shared)
+        with self._lock:
+            function = self._maps.get(key)
+            if function is None:
+                sums = [output for output, source in self._reduced.items() if source in shared]
+                name = f"{self.function.name()}_map"
+                function = self.function.map(name, "serial", batch, list(shared), sums)
+                if len(self._maps) >= _MAX_MAPS:
+                    self._maps.pop(next(iter(self._maps)))
+                self._maps[key] = function
+            return function

@@ -1,0 +1,99 @@
+"""What to do where a solution or a derivative is not what was asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ddn_solvers.errors import ProblemError
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "on_failure": ("raise", "warn", "nan", "mask"),
+    "on_singular": ("least_squares", "raise", "proximal"),
+    "weakly_active": ("active", "inactive", "mean", "raise"),
+    "nonsmooth": ("manifold", "clarke"),
+}
+_LINEAR_SOLVERS = ("auto", "dense", "sparse", "iterative")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Choices for failures and degenerate derivatives; the defaults never hide anything.
+
+    Attributes:
+        on_failure: A sample without a verified solution: ``"raise"`` a ``SolveError``; ``"warn"``
+            and return the last point; ``"nan"``: values and gradients NaN; ``"mask"``: the last
+            point with zero gradient.
+        on_singular: A singular KKT matrix: ``"least_squares"`` (minimum norm through the
+            pseudo-inverse, one ``DegeneracyWarning``), ``"raise"``, or ``"proximal"`` (adds
+            ``proximal / 2 |u - y|^2``; error O(proximal)).
+        proximal: The paper's delta, used by that choice.
+        weakly_active: A constraint with neither slack nor multiplier: treat as ``"active"`` (as
+            ReLU's 0 at 0), ``"inactive"``, the ``"mean"`` of both, or ``"raise"``.
+        nonsmooth: ``"manifold"`` (kinks act as active constraints) or ``"clarke"``.
+        smoothing: tau of the barrier-smoothed derivative; 0 is exact.
+        accuracy: What "solved" means: scaled residuals and the predicted Newton step, relative.
+        active_tol: Scaled slack and multiplier below which a constraint counts as weakly active;
+            ``None`` derives it from ``accuracy`` and the caller's dtype.
+        linear_solver: How the KKT system is solved: ``"auto"``, ``"dense"``, ``"sparse"``,
+            ``"iterative"`` or a callable ``(matrix, rhs) -> solution``.
+
+    Raises:
+        ProblemError: An unknown choice, or a number that is negative or not finite.
+    """
+
+    on_failure: str = "raise"
+    on_singular: str = "least_squares"
+    proximal: float = 1e-6
+    weakly_active: str = "active"
+    nonsmooth: str = "manifold"
+    smoothing: float = 0.0
+    accuracy: float = 1e-6
+    active_tol: float | None = None
+    linear_solver: str | Callable[..., Any] = "auto"
+
+    def __post_init__(self) -> None:
+        for field, choices in _CHOICES.items():
+            value = getattr(self, field)
+            if value not in choices:
+                raise ProblemError(
+                    f"policy.{field} is not a known choice",
+                    expected="one of " + ", ".join(map(repr, choices)),
+                    got=repr(value),
+                )
+        if not callable(self.linear_solver) and self.linear_solver not in _LINEAR_SOLVERS:
+            raise ProblemError(
+                "policy.linear_solver is not a known choice",
+                expected="a callable or one of " + ", ".join(map(repr, _LINEAR_SOLVERS)),
+                got=repr(self.linear_solver),
+            )
+        for field, zero_allowed in (
+            ("proximal", False),
+            ("accuracy", False),
+            ("smoothing", True),
+            ("active_tol", True),
+        ):
+            value = getattr(self, field)
+            if field == "active_tol" and value is None:
+                continue
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not math.isfinite(value) or value < 0 or (value == 0 and not zero_allowed):
+                raise ProblemError(
+                    f"policy.{field} is not a valid number",
+                    expected="a finite number " + (">= 0" if zero_allowed else "> 0"),
+                    got=repr(value),
+                )
+
+    def activity_tolerance(self, dtype: torch.dtype) -> float:
+        """Scaled slack or multiplier below which a constraint is weakly active.
+
+        A polished point is far better than ``accuracy``, so its square root of safety suffices in
+        float64; in a narrower dtype the parameters themselves are only known to its rounding.
+        """
+        if self.active_tol is not None:
+            return self.active_tol
+        return max(1e-2 * self.accuracy, 10 * torch.finfo(dtype).eps)

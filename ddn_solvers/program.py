@@ -1,0 +1,325 @@
+"""The compiled problem: evaluators over batches, sparsity, problem class, and what it was made from.
+
+Everything below works on flat float64 NumPy arrays: z (B, n), parameters a tuple with one array per
+block, (B, size) or (size,) where all samples share it. Constraints are stacked, c = [h; g].
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
+from torch import fx
+
+from ddn_solvers.adapter import Feature, ProblemClass, QuadraticForm
+from ddn_solvers.captures import Overrides
+from ddn_solvers.layout import Block, Layout
+from ddn_solvers.lowering.pattern import Pattern
+from ddn_solvers.problem import Problem
+from ddn_solvers.trace import Graph, Substitution, dependent_nodes, evaluate, operation_name, trace
+
+if TYPE_CHECKING:
+    from ddn_solvers.lowering.callbacks import CallbackFunctions
+    from ddn_solvers.lowering.kernel import Kernel
+    from ddn_solvers.lowering.symbolic import SymbolicFunctions
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class FirstOrder:
+    """Values and first derivatives of a batch."""
+
+    objective: Array  # (B,)
+    gradient: Array  # (B, n)
+    constraints: Array  # (B, equalities + inequalities)
+    jacobian: Array  # (B, nnz), in the order of Program.jacobian_pattern
+
+
+@dataclass(frozen=True)
+class Kink:
+    """A point where one of the problem's terms is not differentiable."""
+
+    operation: str
+    source: str
+
+
+class Program:
+    """A problem compiled for one state of what its functions capture.
+
+    Attributes:
+        problem: The declaration.
+        graph: Its traced functions.
+        variables, equality, inequality: Layouts of z, h and g.
+        parameters: One block for each declared parameter, then one for each captured tensor.
+        refusal: Why the functions are torch callbacks; ``None`` where they are compiled.
+    """
+
+    def __init__(self, problem: Problem, graph: Graph) -> None:
+        self.problem, self.graph = problem, graph
+        self.variables = Layout(problem.variables)
+        shapes = dict(zip(graph.outputs, graph.shapes, strict=True))
+        self.equality = Layout({name: s for (kind, name), s in shapes.items() if kind == "equality"})
+        self.inequality = Layout({name: s for (kind, name), s in shapes.items() if kind == "inequality"})
+        captured = zip(graph.captures, graph.capture_shapes, strict=True)
+        self.parameters: tuple[Block, ...] = (
+            *(Block(name, shape, 0) for name, shape in problem.parameters.items()),
+            *(Block(accessor.name, shape, 0) for accessor, shape in captured),
+        )
+        self._memo: dict[Hashable, Any] = {}
+        self._lock = threading.RLock()
+        self.refusal: str | None = None
+        self._functions = self._compile()
+
+    # -- compilation ------------------------------------------------------------------------------
+
+    @property
+    def traced(self) -> bool:
+        """Whether there is a graph (which CVXPY reads), compiled or not."""
+        return self.graph.module is not None
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the functions are compiled expressions rather than torch callbacks."""
+        return self.refusal is None
+
+    @property
+    def constraints(self) -> int:
+        """Number of rows of c."""
+        return self.equality.size + self.inequality.size
+
+    def _compile(self) -> SymbolicFunctions | CallbackFunctions:
+        from ddn_solvers.lowering.callbacks import CallbackFunctions  # casadi loads on first use
+        from ddn_solvers.lowering.symbolic import SymbolicFunctions
+        from ddn_solvers.lowering.to_casadi import UnsupportedOperation
+
+        sizes = [block.size for block in self.parameters]
+        why = str(self.graph.refusal)
+        if self.graph.module is not None:
+            try:
+                return SymbolicFunctions(self.graph.module, self.graph.outputs, self.variables, sizes)
+            except UnsupportedOperation as error:
+                why = f"'{error.operation}' at {error.source}" if error.source else f"'{error.operation}'"
+        self.refusal = why
+        return CallbackFunctions(self.evaluate, self.variables.size, self.constraints, sizes)
+
+    def memo(self, key: Hashable, build: Callable[[], T]) -> T:
+        """What ``build`` returned the first time; for models that a backend makes once a problem."""
+        with self._lock:
+            if key not in self._memo:
+                self._memo[key] = build()
+            value: T = self._memo[key]
+            return value
+
+    def _kernel(self, name: str, reduced: dict[int, int] | None = None) -> Kernel:
+        from ddn_solvers.lowering.kernel import Kernel
+
+        return self.memo(("kernel", name), lambda: Kernel(getattr(self._functions, name), reduced))
+
+    @property
+    def functions(self) -> SymbolicFunctions | CallbackFunctions:
+        """The CasADi functions themselves (values, first_order, hessian, bounds, ...)."""
+        return self._functions
+
+    # -- structure --------------------------------------------------------------------------------
+
+    @property
+    def jacobian_pattern(self) -> Pattern:
+        return self._functions.jacobian_pattern
+
+    @property
+    def hessian_pattern(self) -> Pattern:
+        return self._functions.hessian_pattern
+
+    @cached_property
+    def kinks(self) -> tuple[Kink, ...]:
+        """One entry for each element of what ``kink_residuals`` returns."""
+        terms = self._functions.kink_terms
+        return tuple(Kink(k.operation, k.source) for k in terms for _ in range(k.residual.numel()))
+
+    def degree(self, kind: str, name: str = "") -> int | None:
+        """Polynomial degree of a term in the variables: 0, 1, 2, or ``None`` for anything else."""
+        return self.memo(("degree", kind, name), lambda: self._functions.degree(kind, name))
+
+    @cached_property
+    def problem_class(self) -> ProblemClass:
+        """LP, QP, least squares or NLP, as the graph shows."""
+        degrees: dict[str, list[int | None]] = {term.kind: [] for term in self.graph.terms}
+        for term in self.graph.terms:
+            if term.kind in ("objective", "equality", "inequality"):
+                degrees[term.kind].append(self.degree(term.kind, term.name))
+        affine = all(d in (0, 1) for k in ("equality", "inequality") for d in degrees.get(k, []))
+        (objective,) = degrees["objective"]
+        if affine and objective in (0, 1):
+            return ProblemClass.LP
+        if affine and objective == 2:
+            return ProblemClass.QP
+        if self.graph.module is not None and _is_sum_of_squares(self.graph.module, len(self.variables)):
+            return ProblemClass.LEAST_SQUARES
+        return ProblemClass.NLP
+
+    @cached_property
+    def features(self) -> frozenset[Feature]:
+        """What a method must take to solve this problem."""
+        kinds = {term.kind for term in self.graph.terms}
+        present = {
+            Feature.EQUALITY: self.equality.size > 0,
+            Feature.INEQUALITY: self.inequality.size > 0,
+            Feature.BOUNDS: bool(kinds & {"lower", "upper"}),
+            Feature.CALLBACKS: not self.compiled,
+            Feature.NONSMOOTH: bool(self._functions.kink_terms),
+        }
+        return frozenset(feature for feature, there in present.items() if there)
+
+    # -- evaluation -------------------------------------------------------------------------------
+
+    def values(self, z: Array, parameters: Sequence[Array]) -> tuple[Array, Array]:
+        """f (B, 1) and c (B, constraints)."""
+        f, c = self._kernel("values")(_batched(z), *parameters)
+        return f, c
+
+    def first_order(self, z: Array, parameters: Sequence[Array]) -> FirstOrder:
+        f, gradient, c, jacobian = self._kernel("first_order")(_batched(z), *parameters)
+        return FirstOrder(f[:, 0], gradient, c, jacobian)
+
+    def hessian(self, z: Array, parameters: Sequence[Array], weights: Array, objective: float = 1.0) -> Array:
+        """Nonzeros of the Hessian of objective * f + weights^T c, (B, nnz)."""
+        z = _batched(z)
+        sigma = np.full((len(z), 1), objective)
+        weights = np.broadcast_to(weights, (len(z), self.constraints))
+        return self._kernel("hessian")(z, *parameters, weights, sigma)[0]
+
+    def bounds(self, parameters: Sequence[Array]) -> tuple[Array, Array]:
+        """lower and upper, (B, n), infinite where there is none."""
+        lower, upper = self._kernel("bounds")(*parameters)
+        return lower, upper
+
+    def kink_residuals(self, z: Array, parameters: Sequence[Array]) -> Array:
+        """(B, len(kinks)); an entry is zero where that operation is not differentiable."""
+        return self._kernel("kinks")(_batched(z), *parameters)[0]
+
+    def adjoint(
+        self, z: Array, parameters: Sequence[Array], y: Array, w: Array, s: Array, sl: Array, su: Array, e: Array
+    ) -> list[Array]:
+        """Gradient of e f - w^T grad_z(f + y^T c) - s^T c - sl^T lower + su^T upper by parameter block.
+
+        (B, size) each, or (size,), summed over the batch, for a shared block.
+        """
+        reduced = {i: 1 + i for i in range(len(self.parameters))}
+        return self._kernel("adjoint", reduced)(_batched(z), *parameters, y, w, s, sl, su, e)
+
+    def tangent(self, z: Array, parameters: Sequence[Array], y: Array, tangents: Sequence[Array]) -> list[Array]:
+        """Directional derivatives of grad_z(f + y^T c), c, lower, upper along ``tangents``."""
+        return self._kernel("tangent")(_batched(z), *parameters, y, *tangents)
+
+    def quadratic_forms(self, parameters: Sequence[Array]) -> list[QuadraticForm]:
+        """Coefficients at z = 0, one form a sample; exact for an LP or a QP."""
+        batch = max((p.shape[0] for p in parameters if p.ndim == 2), default=1)
+        zero = np.zeros((batch, self.variables.size))
+        first = self.first_order(zero, parameters)
+        nonzeros = self.hessian(zero, parameters, np.zeros(self.constraints))
+        m = self.equality.size
+        forms = []
+        for i in range(batch):
+            jacobian = self.jacobian_pattern.matrix(first.jacobian[i]).tocsr()
+            forms.append(
+                QuadraticForm(
+                    P=self.hessian_pattern.matrix(nonzeros[i]),
+                    q=first.gradient[i],
+                    constant=float(first.objective[i]),
+                    A=jacobian[:m].tocsc(),
+                    b=-first.constraints[i, :m],
+                    G=jacobian[m:].tocsc(),
+                    h=-first.constraints[i, m:],
+                )
+            )
+        return forms
+
+    def evaluate_nodes(self, nodes: Sequence[fx.Node], parameters: Sequence[Array]) -> list[Array]:
+        """Values of graph nodes that depend on parameters alone, (B, size) each."""
+        from ddn_solvers.lowering.kernel import Kernel
+
+        key = ("nodes", *(node.name for node in nodes))
+        kernel = self.memo(key, lambda: Kernel(self._functions.nodes(nodes)))  # type: ignore[union-attr]
+        return kernel(*parameters)
+
+    def evaluate(self, z: torch.Tensor, parameters: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """f (), c, lower, upper of one instance in torch, differentiable to any order; flat inputs."""
+        variables = list(self.variables.split(z).values())
+        blocks = [p.reshape(block.shape) for p, block in zip(parameters, self.parameters, strict=True)]
+        if self.graph.module is not None and self.compiled:
+            outputs = self.graph.module(*variables, *blocks)
+        else:
+            outputs = self._call_functions(variables, blocks)
+        by_term = dict(zip(self.graph.outputs, outputs, strict=True))
+        rows = [v.reshape(-1) for (kind, _), v in by_term.items() if kind in ("equality", "inequality")]
+        sides = []
+        for side, absent in (("lower", -torch.inf), ("upper", torch.inf)):
+            parts = [
+                by_term[side, b.name].reshape(-1) if (side, b.name) in by_term else z.new_full((b.size,), absent)
+                for b in self.variables
+            ]
+            sides.append(torch.cat(parts))
+        return by_term["objective", ""], torch.cat(rows) if rows else z.new_zeros(0), sides[0], sides[1]
+
+    def _call_functions(self, variables: list[torch.Tensor], blocks: list[torch.Tensor]) -> Any:
+        """The user's functions themselves, with ``blocks`` in place of what they capture."""
+        declared = len(self.problem.parameters)
+        names = [*self.problem.variables, *self.problem.parameters]
+        inputs = dict(zip(names, [*variables, *blocks[:declared]], strict=True))
+        originals = self.graph.read_captures(None)
+        stand_ins = {id(t): block for t, block in zip(originals, blocks[declared:], strict=True)}
+        return evaluate(self.graph.terms, inputs, Substitution(stand_ins, tracing=False))
+
+
+def compile_program(problem: Problem, overrides: Overrides | None = None) -> Program:
+    """The program of ``problem`` for what its functions capture now; cached, at most a few a problem."""
+    with _LOCK:
+        programs: list[Program] = problem.__dict__.setdefault("_programs", [])
+        for program in programs:
+            if program.graph.holds(overrides):
+                return program
+        program = Program(problem, trace(problem))
+        programs.insert(0, program)
+        del programs[_MAX_PROGRAMS:]
+        return program
+
+
+_LOCK = threading.RLock()
+_MAX_PROGRAMS = 8  # states of captured values (train and eval mode, ...) kept for one problem
+
+
+def _batched(z: Array) -> Array:
+    return z if z.ndim == 2 else z[None]
+
+
+_SQUARES = ("square", "mse_loss")
+_LINEAR_IN_SQUARES = ("sum", "mean", "add", "mul", "div", "to", "view", "reshape", "squeeze")
+
+
+def _is_sum_of_squares(module: fx.GraphModule, variables: int) -> bool:
+    """Whether the objective is a nonnegative combination of squares, going back from the output."""
+    on_variables = dependent_nodes(module, 0, variables)
+
+    def squared(node: Any) -> bool:
+        if not isinstance(node, fx.Node) or node not in on_variables:
+            return True  # a constant term moves nothing
+        name = operation_name(node)
+        if name in _SQUARES or (name == "pow" and node.args[1] == 2):
+            return True
+        if name in ("dot", "mul") and node.args[0] is node.args[1]:
+            return True
+        if name == "mul":
+            constants = [a for a in node.args if not (isinstance(a, fx.Node) and a in on_variables)]
+            positive = all(isinstance(a, (int, float)) and a >= 0 for a in constants)
+            return bool(constants) and positive and all(squared(a) for a in node.args)
+        return name in _LINEAR_IN_SQUARES and all(squared(a) for a in node.all_input_nodes)
+
+    output = module.graph.output_node().args[0][0]  # type: ignore[index]
+    return isinstance(output, fx.Node) and output in on_variables and squared(output)

@@ -1,0 +1,473 @@
+"""Torch functions of a problem -> one functional ATen graph, made once.
+
+All functions are traced together by ``make_fx`` in fake mode. ``pre_dispatch=True`` keeps ``square``,
+``logsumexp``, ``relu``, norms and einsum whole, as CVXPY's rules and the kinks need them. Where the
+functions mutate tensors or call ``torch.func`` transforms, which that mode cannot hold, a second
+trace functionalises and decomposes to core ATen.
+
+Captured tensors become inputs (``captures.py``): a torch-function mode replaces each by its
+placeholder wherever it is used, which also makes float32 modules compute in float64.
+"""
+
+from __future__ import annotations
+
+import linecache
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.overrides import TorchFunctionMode
+
+from ddn_solvers.captures import Accessor, Captures, Overrides, find_captures
+from ddn_solvers.errors import DDNError, ProblemError, TraceError
+from ddn_solvers.layout import Shape
+from ddn_solvers.problem import Problem
+from ddn_solvers.validation import argument_names, callable_name
+
+_TORCH_FOLDER = os.path.dirname(torch.__file__)
+_HERE = os.path.dirname(__file__)
+
+
+class Untraceable(Exception):
+    """A function that torch can evaluate and no graph can hold; callbacks take over.
+
+    Attributes:
+        operation: What stood in the way.
+        source: The user's line, ``file.py:12: code``.
+    """
+
+    def __init__(self, operation: str, source: str) -> None:
+        super().__init__(f"{operation} at {source}" if source else operation)
+        self.operation, self.source = operation, source
+
+
+@dataclass(frozen=True)
+class Term:
+    """One function of the problem: ``kind`` is objective, equality, inequality, lower or upper."""
+
+    kind: str
+    name: str
+    function: Callable[..., Any]
+    arguments: tuple[str, ...]
+
+    @property
+    def label(self) -> str:
+        """How messages call it."""
+        return self.kind if self.kind == "objective" else f"{self.kind}[{self.name!r}]"
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """The problem's functions as one graph.
+
+    Attributes:
+        module: Placeholders: variables, parameters, captured tensors, in order, float64; returns
+            one tensor an entry of ``outputs``. ``None`` if the functions cannot be traced.
+        outputs: ``(kind, name)`` of each output.
+        shapes: Shape of each output.
+        captures: Accessors of the captured tensors that are inputs.
+        capture_shapes: Their shapes.
+        refusal: Why there is no module.
+    """
+
+    module: fx.GraphModule | None
+    terms: tuple[Term, ...]
+    shapes: tuple[Shape, ...]
+    captures: tuple[Accessor, ...]
+    capture_shapes: tuple[Shape, ...]
+    seen: Captures
+    refusal: Untraceable | None = None
+
+    @property
+    def outputs(self) -> tuple[tuple[str, str], ...]:
+        return tuple((term.kind, term.name) for term in self.terms)
+
+    def holds(self, overrides: Overrides | None) -> bool:
+        """Whether everything that the functions capture is still what the graph was made from."""
+        return all(watch.holds(overrides) for watch in self.seen.watches)
+
+    def read_captures(self, overrides: Overrides | None) -> list[torch.Tensor]:
+        """The captured input tensors as of now."""
+        return [accessor.read(overrides) for accessor in self.captures]
+
+
+def terms_of(problem: Problem) -> tuple[Term, ...]:
+    """Every function of the problem in the order of the graph's outputs."""
+    known = [*problem.variables, *problem.parameters]
+    terms = [Term("objective", "", problem.objective or _zero, ())]
+    if problem.objective is not None:
+        terms = [Term("objective", "", problem.objective, argument_names(problem.objective, known))]
+    for kind in ("equality", "inequality"):
+        for name, function in getattr(problem, kind).items():
+            terms.append(Term(kind, name, function, argument_names(function, known)))
+    for name, sides in (problem.bounds or {}).items():
+        for kind, bound in zip(("lower", "upper"), sides, strict=True):
+            if bound is not None:
+                terms.append(_bound_term(kind, name, bound, problem))
+    return tuple(terms)
+
+
+def _zero() -> torch.Tensor:
+    return torch.zeros((), dtype=torch.float64)
+
+
+def _bound_term(kind: str, variable: str, bound: Any, problem: Problem) -> Term:
+    shape = problem.variables[variable]
+    if isinstance(bound, str):
+        arguments: tuple[str, ...] = (bound,)
+    elif callable(bound) and not isinstance(bound, torch.Tensor):
+        arguments = argument_names(bound, problem.parameters)
+    else:
+        arguments = ()
+
+    def function(**values: torch.Tensor) -> torch.Tensor:
+        if isinstance(bound, str):
+            value = values[bound]
+        elif isinstance(bound, torch.Tensor):
+            value = torch.clone(bound)  # through the mode, so that a captured Parameter is an input
+        elif callable(bound):
+            value = bound(**values)
+        else:
+            value = torch.tensor(float(bound), dtype=torch.float64)
+        try:
+            return torch.broadcast_to(value, shape)
+        except (RuntimeError, TypeError) as error:
+            raise ProblemError(
+                f"{kind} bound of {variable!r} does not fit the variable",
+                expected=f"a tensor that broadcasts to {shape}",
+                got=f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value),
+            ) from error
+
+    return Term(kind, variable, function, arguments)
+
+
+class Substitution(TorchFunctionMode):
+    """Replaces captured tensors, computes in float64, and notes the user's line of each operation.
+
+    Args:
+        replacements: id of a captured tensor -> the tensor that stands for it.
+        tracing: Refuse what a graph cannot hold, and label the graph's new nodes.
+    """
+
+    def __init__(self, replacements: Mapping[int, torch.Tensor], tracing: bool) -> None:
+        super().__init__()
+        self.replacements = dict(replacements)
+        self.tracing = tracing
+        self.undeclared: list[torch.Tensor] = []
+        self._alive: list[torch.Tensor] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        args, kwargs = pytree.tree_map(self._replace, (args, kwargs or {}))
+        if not self.tracing:
+            return _widen(func(*args, **kwargs))
+        _refuse_what_loses_values(func, args)
+        proxy_mode = get_proxy_mode()
+        if proxy_mode is None:
+            return _widen(func(*args, **kwargs))
+        graph = proxy_mode.tracer.graph  # type: ignore[attr-defined]  # either kind of proxy mode
+        before = len(graph.nodes)
+        result = _widen(func(*args, **kwargs))
+        node, source = graph._root._prev, ""
+        for _ in range(len(graph.nodes) - before):
+            source = source or user_line()
+            node.meta.setdefault("source", source)
+            if func in _DETACHING:
+                node.meta["detached"] = True
+            node = node._prev
+        return result
+
+    def _replace(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor) or _is_wrapped(value):
+            return value
+        stand_in = self.replacements.get(id(value))
+        if stand_in is not None:
+            return stand_in
+        if value.requires_grad and self.tracing:  # captured out of the accessors' sight
+            self.undeclared.append(value)
+        if value.is_floating_point() and (value.dtype != torch.float64 or value.device.type != "cpu"):
+            stand_in = value.detach().to("cpu", torch.float64) if self.tracing else value.to("cpu", torch.float64)
+            self._alive.append(value)
+            self.replacements[id(value)] = stand_in
+            return stand_in
+        return value
+
+
+def _is_symbolic(value: Any) -> bool:
+    return isinstance(value, FakeTensor) or (isinstance(value, torch.Tensor) and _is_wrapped(value))
+
+
+def _is_wrapped(value: torch.Tensor) -> bool:
+    """Whether a transform (grad, vmap, functionalize) made this tensor: then it is no capture."""
+    return torch._is_functional_tensor(value) or torch._C._functorch.is_functorch_wrapped_tensor(value)
+
+
+def _widen(result: Any) -> Any:
+    """float64 for every narrower floating result, whatever the user's factory call said."""
+    if isinstance(result, torch.Tensor):
+        narrow = result.is_floating_point() and result.dtype != torch.float64
+        return result.to(torch.float64) if narrow else result
+    if isinstance(result, (tuple, list)) and type(result) in (tuple, list):
+        return type(result)(_widen(item) for item in result)
+    return result
+
+
+_DETACHING = (torch.Tensor.detach, torch.detach, torch.Tensor.detach_)
+_VALUE_READERS = {
+    getattr(torch.Tensor, name): name
+    for name in ("item", "tolist", "numpy", "__float__", "__int__", "__index__", "__bool__", "__complex__")
+}
+
+
+def _refuse_what_loses_values(func: Any, args: tuple[Any, ...]) -> None:
+    """Reading a value into Python: a branch is a matter for callbacks, a number loses its derivative."""
+    tensor = args[0] if args else None
+    reader = _VALUE_READERS.get(func)
+    if reader is not None and _is_symbolic(tensor):
+        if reader == "__bool__" or not tensor.is_floating_point():
+            raise Untraceable("a branch on the values of a tensor", user_line())
+        raise TraceError(
+            f"'{reader}' at {user_line()} turns a tensor into a Python number, which loses its derivative. "
+            "Keep it a tensor, or take constants from outside the function."
+        )
+    if func is torch.Tensor.data.__get__ and _is_symbolic(tensor):
+        raise Untraceable("'.data'", user_line())
+    if func is torch._C._set_grad_enabled and args[0] is False:
+        raise Untraceable("'torch.no_grad'", user_line())
+
+
+def user_line() -> str:
+    """``file.py:12: code`` of the innermost frame that is neither torch's nor ours."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        filename = frame.f_code.co_filename
+        if not filename.startswith((_TORCH_FOLDER, _HERE, "<frozen")) and "contextlib" not in filename:
+            return _quote(filename, frame.f_lineno)
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
+
+
+def _quote(filename: str, line: int) -> str:
+    code = linecache.getline(filename, line).strip()
+    code = code if len(code) <= 80 else code[:77] + "..."
+    return f"{os.path.basename(filename)}:{line}: {code}".rstrip(": ")
+
+
+def evaluate(
+    terms: Sequence[Term],
+    inputs: Mapping[str, torch.Tensor],
+    substitution: Substitution,
+) -> tuple[torch.Tensor, ...]:
+    """Every term at ``inputs`` (name -> tensor of one instance), checked and in float64."""
+    versions = {name: tensor._version for name, tensor in inputs.items()}
+    results = []
+    for term in terms:
+        with substitution:
+            value = term.function(**{name: inputs[name] for name in term.arguments})
+        for name in term.arguments:
+            if inputs[name]._version != versions[name]:
+                raise TraceError(f"{term.label} changes its argument {name!r} in place; work on a clone of it")
+        results.append(_checked(term, value))
+    return tuple(results)
+
+
+def _checked(term: Term, value: Any) -> torch.Tensor:
+    where = f"{term.label}, {callable_name(term.function)},"
+    if not isinstance(value, torch.Tensor):
+        raise ProblemError(
+            f"{where} does not return a tensor", expected="a tensor made from its arguments", got=type(value).__name__
+        )
+    if not value.is_floating_point():
+        raise ProblemError(f"{where} returns the wrong dtype", expected="a floating-point tensor", got=str(value.dtype))
+    if term.kind == "objective" and value.dim() != 0:
+        raise ProblemError(
+            f"{where} does not return a scalar",
+            expected="a 0-d tensor",
+            got=f"shape {tuple(value.shape)}",
+            fix="Reduce it, for instance with .sum().",
+        )
+    return value if value.dtype == torch.float64 else value.to(torch.float64)
+
+
+def trace(problem: Problem) -> Graph:
+    """Trace every function of ``problem``; a ``Graph`` without module if they cannot be traced.
+
+    Raises:
+        ProblemError: A function returns something that is not what it has to be.
+        TraceError: A function has no sound derivative or no fixed value (random numbers, numbers
+            taken out of tensors, arguments changed in place).
+    """
+    terms = terms_of(problem)
+    seen = find_captures(problem)
+    captured = [accessor.read() for accessor in seen.inputs]
+    accessors = list(seen.inputs)
+    while True:
+        with torch.enable_grad():
+            module, shapes, undeclared, refusal = _attempt(problem, terms, captured)
+        if not undeclared:
+            break
+        for tensor in undeclared:  # held by no accessor: the tensor itself is the accessor
+            accessors.append(Accessor(f"captured{len(accessors)}", _returning(tensor)))
+            captured.append(tensor)
+    if module is not None:
+        accessors, captured = _drop_unused(module, problem, accessors, captured)
+    capture_shapes = tuple(tuple(tensor.shape) for tensor in captured)
+    return Graph(module, terms, shapes, tuple(accessors), capture_shapes, seen, refusal)
+
+
+def _returning(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    return lambda: tensor
+
+
+def _attempt(
+    problem: Problem, terms: tuple[Term, ...], captured: list[torch.Tensor]
+) -> tuple[fx.GraphModule | None, tuple[Shape, ...], list[torch.Tensor], Untraceable | None]:
+    undeclared: list[torch.Tensor] = []
+    names = [*problem.variables, *problem.parameters]
+
+    def joint(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        named = dict(zip(names, inputs, strict=False))
+        stand_ins = {id(t): i for t, i in zip(captured, inputs[len(names) :], strict=True)}
+        substitution = Substitution(stand_ins, tracing=True)
+        results = evaluate(terms, named, substitution)
+        undeclared.extend({id(t): t for t in substitution.undeclared}.values())
+        return results
+
+    shapes = [*problem.variables.values(), *problem.parameters.values(), *(t.shape for t in captured)]
+    try:
+        module = _trace_whole(joint, shapes)
+        if module is None:
+            undeclared.clear()
+            module = _trace_decomposed(joint, shapes)
+        _check_sound(module, len(problem.variables))
+    except (DDNError, Untraceable) as error:
+        if isinstance(error, Untraceable):
+            return None, _output_shapes(problem, terms), [], error
+        raise
+    except Exception as error:  # anything else: torch itself decides whether the function is wrong
+        refusal = Untraceable(f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__, _line_of(error))
+        return None, _output_shapes(problem, terms), [], refusal
+    output = next(node for node in module.graph.nodes if node.op == "output")
+    return module, tuple(tuple(node.meta["val"].shape) for node in output.args[0]), undeclared, None
+
+
+def _trace_whole(joint: Callable[..., Any], shapes: Sequence[Sequence[int]]) -> fx.GraphModule | None:
+    """Pre-dispatch graph, or ``None`` if it would have to mutate or lost sight of a value."""
+    module = make_fx(joint, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)(*_fake(shapes))
+    for node in module.graph.nodes:
+        if node.op == "get_attr" and isinstance(getattr(module, node.target), FakeTensor):
+            return None
+        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+            if node.target._schema.is_mutable:
+                return None
+    module.graph.eliminate_dead_code()
+    return module
+
+
+def _trace_decomposed(joint: Callable[..., Any], shapes: Sequence[Sequence[int]]) -> fx.GraphModule:
+    functional = torch.func.functionalize(joint, remove="mutations_and_views")
+    tracer = make_fx(functional, decomposition_table=_core_decompositions(), tracing_mode="fake", _allow_non_fake_inputs=True)
+    module = tracer(*_fake(shapes))
+    module.graph.eliminate_dead_code()
+    return module
+
+
+@cache
+def _core_decompositions() -> dict[Any, Any]:
+    from torch._decomp import core_aten_decompositions  # takes a moment to import, seldom needed
+
+    return dict(core_aten_decompositions())
+
+
+def _fake(shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return [torch.empty(tuple(shape), dtype=torch.float64) for shape in shapes]
+
+
+def _output_shapes(problem: Problem, terms: tuple[Term, ...]) -> tuple[Shape, ...]:
+    """Evaluate for real, at zero; a function that fails here is wrong, not merely untraceable."""
+    named = {**problem.variables, **problem.parameters}
+    inputs = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in named.items()}
+    try:
+        values, again = (evaluate(terms, inputs, Substitution({}, tracing=False)) for _ in range(2))
+        if not all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(values, again, strict=True)):
+            raise TraceError(
+                "the problem's functions return another value each time they are called; do they draw random "
+                "numbers? Draw them outside and pass them as a parameter."
+            )
+        return tuple(tuple(value.shape) for value in values)
+    except DDNError:
+        raise
+    except Exception as error:
+        raise ProblemError(f"the problem's functions fail at {_line_of(error)}: {error}") from error
+
+
+def _line_of(error: BaseException) -> str:
+    """The user's innermost line in the traceback of ``error``."""
+    line, trace_ = "", error.__traceback__
+    while trace_ is not None:
+        filename = trace_.tb_frame.f_code.co_filename
+        if not filename.startswith((_TORCH_FOLDER, _HERE, "<")):
+            line = _quote(filename, trace_.tb_lineno)
+        trace_ = trace_.tb_next
+    return line
+
+
+def _drop_unused(
+    module: fx.GraphModule, problem: Problem, accessors: list[Accessor], captured: list[torch.Tensor]
+) -> tuple[list[Accessor], list[torch.Tensor]]:
+    declared = len(problem.variables) + len(problem.parameters)
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    kept = []
+    for accessor, tensor, node in zip(accessors, captured, placeholders[declared:], strict=True):
+        if node.users:
+            kept.append((accessor, tensor))
+        else:
+            module.graph.erase_node(node)
+    module.recompile()
+    return [a for a, _ in kept], [t for _, t in kept]
+
+
+def dependent_nodes(module: fx.GraphModule, first: int, stop: int | None = None) -> set[fx.Node]:
+    """Nodes whose value depends on one of the placeholders ``first:stop``."""
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    dependent = set(placeholders[first:stop])
+    for node in module.graph.nodes:
+        if any(argument in dependent for argument in node.all_input_nodes):
+            dependent.add(node)
+    return dependent
+
+
+def _check_sound(module: fx.GraphModule, variables: int) -> None:
+    """Refuse what has no fixed value, and what hides a value from differentiation."""
+    on_variables = dependent_nodes(module, 0, variables)
+    on_inputs = dependent_nodes(module, 0)
+    for node in module.graph.nodes:
+        source = node.meta.get("source", "")
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            raise TraceError(
+                f"'{operation_name(node)}' at {source} draws random numbers, so the problem has no fixed "
+                "value. Draw them outside and pass them as a parameter."
+            )
+        if node.meta.get("detached") and node in on_variables:
+            raise TraceError(
+                f"'detach' at {source} hides a variable from differentiation, so the derivatives would not "
+                "be those of the objective. Remove it."
+            )
+        if node.meta.get("detached") and node in on_inputs:
+            raise Untraceable("'detach'", source)
+
+
+def operation_name(node: fx.Node) -> str:
+    """The torch name of a node's operation, without namespace and overload."""
+    target = node.target
+    return target._schema.name.split("::")[-1] if isinstance(target, torch._ops.OpOverload) else str(target)
