@@ -1,1 +1,53 @@
-"""Stub until the public names stand."""
+"""Optimization problems as PyTorch layers: written once, solved by any backend, exact gradients.
+
+    y(x) = argmin_u f(u, x)   subject to   h(u, x) = 0,  g(u, x) <= 0,  lower(x) <= u <= upper(x)
+"""
+
+from ddn_solvers.errors import (
+    BackendCannotSolve,
+    BackendNotFound,
+    BackendNotInstalled,
+    ConvergenceWarning,
+    DDNError,
+    DDNWarning,
+    DegeneracyWarning,
+    FallbackWarning,
+    ProblemError,
+    SensitivityError,
+    SolveError,
+    TraceError,
+)
+from ddn_solvers.forms import least_squares, linear_program, quadratic_program
+from ddn_solvers.layer import DeclarativeLayer
+from ddn_solvers.policy import Policy
+from ddn_solvers.problem import Problem
+from ddn_solvers.registry import backends, register
+from ddn_solvers.solution import Solution, Status
+from ddn_solvers.solve import solve
+
+__version__ = "0.1.0"
+__all__ = [
+    "BackendCannotSolve",
+    "BackendNotFound",
+    "BackendNotInstalled",
+    "ConvergenceWarning",
+    "DDNError",
+    "DDNWarning",
+    "DeclarativeLayer",
+    "DegeneracyWarning",
+    "FallbackWarning",
+    "Policy",
+    "Problem",
+    "ProblemError",
+    "SensitivityError",
+    "Solution",
+    "SolveError",
+    "Status",
+    "TraceError",
+    "backends",
+    "least_squares",
+    "linear_program",
+    "quadratic_program",
+    "register",
+    "solve",
+]

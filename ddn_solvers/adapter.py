@@ -20,12 +20,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import scipy.sparse as sp
 
 from ddn_solvers.errors import BackendCannotSolve, BackendNotInstalled, ProblemError
 from ddn_solvers.solution import Status
 
 if TYPE_CHECKING:
+    import scipy.sparse as sp
+
     from ddn_solvers.program import Program
 
 __all__ = [

@@ -68,7 +68,7 @@ class Layout:
     def split(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
         """(*batch, size) -> {name: (*batch, *shape)}."""
         batch = flat.shape[:-1]
-        return {b.name: flat[..., b.start : b.stop].reshape(*batch, *b.shape) for b in self.blocks}
+        return {b.name: flat[..., b.start : b.stop].reshape((*batch, *b.shape)) for b in self.blocks}
 
     def join(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """{name: (*batch, *shape)} -> (*batch, size); every block must be there, same batch."""
@@ -76,7 +76,7 @@ class Layout:
         for block in self.blocks:
             tensor = tensors[block.name]
             batch = tensor.shape[: tensor.dim() - len(block.shape)]
-            parts.append(tensor.reshape(*batch, block.size))
+            parts.append(tensor.reshape((*batch, block.size)))
         return torch.cat(parts, dim=-1)
 
     def element(self, flat_index: int) -> str:

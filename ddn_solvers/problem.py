@@ -55,6 +55,14 @@ class Problem:
         for name, value in validation.normalise(self).items():
             object.__setattr__(self, name, value)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Problem:
+        return self  # immutable, and copies share what was compiled
+
+    def __reduce__(self) -> Any:
+        fields = {name: getattr(self, name) for name in validation.FIELDS}
+        validation.check_picklable(fields)
+        return Problem.from_dict, (fields,)
+
     @staticmethod
     def from_dict(declaration: Mapping[str, Any]) -> Problem:
         """Build a ``Problem`` from a dict with the same fields.

@@ -165,6 +165,16 @@ class Program:
         return ProblemClass.NLP
 
     @cached_property
+    def may_be_nonconvex(self) -> bool:
+        """False only where an LP or a constant positive semidefinite Hessian rules it out."""
+        if self.problem_class is ProblemClass.LP:
+            return False
+        if self.problem_class is not ProblemClass.QP or not self.compiled:
+            return True
+        hessian = self._functions.constant_hessian()
+        return hessian is None or bool(np.linalg.eigvalsh(hessian).min() < 0)
+
+    @cached_property
     def features(self) -> frozenset[Feature]:
         """What a method must take to solve this problem."""
         kinds = {term.kind for term in self.graph.terms}

@@ -3,7 +3,7 @@
 All functions are traced together by ``make_fx`` in fake mode. ``pre_dispatch=True`` keeps ``square``,
 ``logsumexp``, ``relu``, norms and einsum whole, as CVXPY's rules and the kinks need them. Where the
 functions mutate tensors or call ``torch.func`` transforms, which that mode cannot hold, a second
-trace functionalises and decomposes to core ATen.
+trace after dispatch functionalises them.
 
 Captured tensors become inputs (``captures.py``): a torch-function mode replaces each by its
 placeholder wherever it is used, which also makes float32 modules compute in float64.
@@ -16,7 +16,6 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -171,6 +170,8 @@ class Substitution(TorchFunctionMode):
         if not self.tracing:
             return _widen(func(*args, **kwargs))
         _refuse_what_loses_values(func, args)
+        if func in _INDEXING:
+            args = (args[0], _static_index(args[1]), *args[2:])
         proxy_mode = get_proxy_mode()
         if proxy_mode is None:
             return _widen(func(*args, **kwargs))
@@ -200,6 +201,19 @@ class Substitution(TorchFunctionMode):
             self.replacements[id(value)] = stand_in
             return stand_in
         return value
+
+
+_INDEXING = (torch.Tensor.__getitem__, torch.Tensor.__setitem__)
+
+
+def _static_index(index: Any) -> Any:
+    """Constant boolean masks as positions, so that the shape of the result is known."""
+    parts = index if isinstance(index, tuple) else (index,)
+    static: list[Any] = []
+    for part in parts:
+        mask = isinstance(part, torch.Tensor) and part.dtype == torch.bool and not _is_symbolic(part)
+        static.extend(part.nonzero(as_tuple=True) if mask and part.dim() else [part])
+    return tuple(static)
 
 
 def _is_symbolic(value: Any) -> bool:
@@ -347,7 +361,7 @@ def _attempt(
         module = _trace_whole(joint, shapes)
         if module is None:
             undeclared.clear()
-            module = _trace_decomposed(joint, shapes)
+            module = _trace_functional(joint, shapes)
         _check_sound(module, len(problem.variables))
     except (DDNError, Untraceable) as error:
         if isinstance(error, Untraceable):
@@ -373,19 +387,11 @@ def _trace_whole(joint: Callable[..., Any], shapes: Sequence[Sequence[int]]) -> 
     return module
 
 
-def _trace_decomposed(joint: Callable[..., Any], shapes: Sequence[Sequence[int]]) -> fx.GraphModule:
+def _trace_functional(joint: Callable[..., Any], shapes: Sequence[Sequence[int]]) -> fx.GraphModule:
     functional = torch.func.functionalize(joint, remove="mutations_and_views")
-    tracer = make_fx(functional, decomposition_table=_core_decompositions(), tracing_mode="fake", _allow_non_fake_inputs=True)
-    module = tracer(*_fake(shapes))
+    module = make_fx(functional, tracing_mode="fake", _allow_non_fake_inputs=True)(*_fake(shapes))
     module.graph.eliminate_dead_code()
     return module
-
-
-@cache
-def _core_decompositions() -> dict[Any, Any]:
-    from torch._decomp import core_aten_decompositions  # takes a moment to import, seldom needed
-
-    return dict(core_aten_decompositions())
 
 
 def _fake(shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
@@ -453,7 +459,8 @@ def _check_sound(module: fx.GraphModule, variables: int) -> None:
     on_inputs = dependent_nodes(module, 0)
     for node in module.graph.nodes:
         source = node.meta.get("source", "")
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        idle = operation_name(node) == "dropout" and node.args[-1] is False  # not in training mode
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and not idle:
             raise TraceError(
                 f"'{operation_name(node)}' at {source} draws random numbers, so the problem has no fixed "
                 "value. Draw them outside and pass them as a parameter."

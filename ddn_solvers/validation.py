@@ -6,6 +6,7 @@ import functools
 import inspect
 import keyword
 import numbers
+import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -107,6 +108,28 @@ def check_arguments(where: str, function: object, known: Sequence[str]) -> None:
                 expected="names out of " + (", ".join(map(repr, known)) or "none"),
                 fix="Arguments are bound by name to variables and parameters.",
             )
+
+
+def check_picklable(fields: Mapping[str, Any]) -> None:
+    """Functions are pickled by name: lambdas and nested functions have none.
+
+    Raises:
+        ProblemError: One cannot be pickled; the message names it.
+    """
+    functions = [("objective", fields["objective"])]
+    for kind in ("equality", "inequality"):
+        functions += [(f"{kind}[{name!r}]", function) for name, function in fields[kind].items()]
+    for name, sides in fields["bounds"].items():
+        functions += [(f"bounds[{name!r}]", side) for side in sides if callable(side)]
+    for where, function in functions:
+        try:
+            pickle.dumps(function)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise ProblemError(
+                f"{where}, {callable_name(function)}, cannot be pickled",
+                expected="functions defined at the top level of a module",
+                fix="Replace the lambda or nested function by a def there.",
+            ) from error
 
 
 def _shapes(field: str, shapes: object) -> dict[str, tuple[int, ...]]:

@@ -41,7 +41,11 @@ def node_values(module: Any, variables: int, inputs: list[torch.Tensor]) -> dict
 
 
 def lowered(
-    function: Any, shapes: list[tuple[int, ...]], inputs: list[torch.Tensor], variables: int = 1, nonneg: bool = False
+    function: Any,
+    shapes: list[tuple[int, ...]],
+    inputs: list[torch.Tensor],
+    variables: int = 1,
+    nonneg: bool = False,
 ) -> tuple[Any, Lowering]:
     module = graph(function, *shapes)
     expressions = []
@@ -206,6 +210,8 @@ VECTOR_CASES = {
     "topk sum": lambda u, p: u.topk(2).values.sum(),
     "quadratic form": lambda u, p: u @ S @ u,
     "quadratic form 2": lambda u, p: u @ (S @ u),
+    "half a quadratic form": lambda u, p: 0.5 * u @ S @ u,
+    "quadratic form, scaled inside": lambda u, p: (3 * u).dot(S @ (u * 2)),
     "quadratic form by sum": lambda u, p: (u * (S @ u)).sum(),
     "quadratic form by dot": lambda u, p: u.dot(torch.mv(S, u)),
     "quadratic form by einsum": lambda u, p: torch.einsum("i,ij,j->", u, S, u),
@@ -290,6 +296,10 @@ CONVEX = {
     "weighted logistic": (lambda u, x, lam: lam * F.softplus(-(A @ u) * x).sum(), [(3,), (4,), ()]),
     "qp": (lambda u, x: 0.5 * (u - x).square().sum(), [(3,), (3,)]),
     "ball": (lambda u, r: u.square().sum() - r**2, [(3,), ()]),
+    "convex network": (
+        lambda u, V, W: F.linear(F.softplus(F.linear(u, V)), W).sum(),
+        [(3,), (4, 3), (2, 4)],
+    ),
     "parameter matrix": (lambda u, B: (B @ u).norm(), [(3,), (2, 3)]),
     "hoisted sign": (lambda u, x: x.square().sum() * u.abs().sum(), [(3,), (3,)]),
     "quadratic form": (lambda u, B: u @ (B.T @ B) @ u + u.exp().sum(), [(3,), (3, 3)]),
@@ -310,7 +320,9 @@ def test_nonconvex_is_refused_with_the_term() -> None:
     module = graph(lambda u, x: (u.square() - x).square().sum(), (3,), (3,))
     node = next(n for n in module.graph.nodes if n.name == "square_1")
     node.meta["source"] = "model.py:7: (u.square() - x).square()"
-    with pytest.raises(NotLowered, match=r"'square' at model.py:7: \(u.square\(\) - x\).square\(\) is neither") as caught:
+    with pytest.raises(
+        NotLowered, match=r"'square' at model.py:7: \(u.square\(\) - x\).square\(\) is neither"
+    ) as caught:
         Lowering(module, [cp.Variable(3)]).output(0)
     assert caught.value.node is node
 
@@ -319,15 +331,18 @@ def test_nonconvex_is_refused_with_the_term() -> None:
     ("function", "reason"),
     [
         (lambda u, x: torch.sin(u).sum(), "'sin' is not an operation that CVXPY knows"),
-        (lambda u, x: (u[0] * u[1]), "'mul' multiplies two terms"),
+        (lambda u, x: u[0] * u[1], "'mul' multiplies two terms"),
         (lambda u, x: (u**3).sum(), "'pow' .*known to be nonnegative"),
         (lambda u, x: (1 / u).sum(), "'reciprocal' .*known to be nonnegative"),
         (lambda u, x: F.softmax(u, 0).sum(), "'softmax' is not an operation"),
         (lambda u, x: (u.abs() - u.square()).sum(), "'sub' is neither convex nor concave"),
         (lambda u, x: u @ (S - 3 * torch.eye(3).double()) @ u + u.exp().sum(), "indefinite .*eigenvalue -"),
         (lambda u, x: (x * u.abs()).sum(), "'mul' is neither .*of unknown sign"),
-        (lambda u, x: torch.where(u > 0, u, x).sum(), "'where' chooses by a condition|'gt'"),
+        (lambda u, x: torch.where(u > 0, u, x).sum(), "'gt' makes integers or truth values of variables"),
         (lambda u, x: torch.linalg.vector_norm(u, 0.5), "p >= 1"),
+        (lambda u, x: torch.index_put(u, (torch.tensor([0, 0]),), x[:2], True).sum(), "'index_put' adds"),
+        (lambda u, x: F.pad(u, (1, 1), value=2.0).sum(), "other than zero"),
+        (lambda u, x: u[x.long()].sum(), "positions that depend on parameters"),
         (lambda u, x: torch.logdet(u.reshape(3, 1) * A[:3]), "symmetric by construction"),
     ],
 )

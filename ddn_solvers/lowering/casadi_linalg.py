@@ -66,7 +66,9 @@ def matmul(call: Call, x: Any, y: Any) -> Any:
     x, y = _expanded(x, (*batch, rows, inner)), _expanded(y, (*batch, inner, columns))
     return concatenate(
         [
-            _product(_part(x, i * rows * inner, (rows, inner)), _part(y, i * inner * columns, (inner, columns)))
+            _product(
+                _part(x, i * rows * inner, (rows, inner)), _part(y, i * inner * columns, (inner, columns))
+            )
             for i in range(math.prod(batch))
         ]
     )
@@ -90,6 +92,11 @@ def addmm(call: Call, x: Any, left: Any, right: Any, beta: float = 1, alpha: flo
 @lowers("outer", "ger")
 def outer(call: Call, x: Any, y: Any) -> Any:
     return _product(_part(x, 0, (*x.shape, 1)), _part(y, 0, (1, *y.shape)))
+
+
+@lowers("scaled_dot_product_attention")
+def attention(call: Call, *_: Any, **__: Any) -> Any:
+    raise call.refusal("may draw random numbers. Write it as softmax(q @ k.T * scale) @ v.")
 
 
 # ---------------------------------------------------------------------------- square matrices
@@ -147,7 +154,8 @@ def det(call: Call, a: Any) -> Any:
 @lowers("linalg_slogdet", "_linalg_slogdet", "slogdet")
 def slogdet(call: Call, a: Any) -> tuple[Any, ...]:
     determinants = concatenate([ca.det(m) for m in _matrices(a)])
-    return ca.sign(determinants), ca.log(ca.fabs(determinants)), None, None
+    outputs = [ca.sign(determinants), ca.log(ca.fabs(determinants)), None, None]
+    return tuple(outputs[: len(call.op._schema.returns)])
 
 
 @lowers("logdet")
@@ -190,7 +198,7 @@ def _exponential(m: Any) -> Any:
     for _ in range(SQUARINGS):
         result = ca.mtimes(result, result)
     norm = ca.mmax(ca.sum1(ca.fabs(m)))
-    return ca.if_else(norm <= LARGEST_NORM, result, math.nan)
+    return ca.if_else(ca.repmat(norm <= LARGEST_NORM, *m.shape), result, math.nan)
 
 
 def _first_of(call: Call, result: Any) -> Any:

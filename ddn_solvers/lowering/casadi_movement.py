@@ -27,84 +27,25 @@ from ddn_solvers.lowering.casadi_tensor import (
 
 IDENTITY = ("alias", "clone", "contiguous", "detach", "lift", "lift_fresh", "lift_fresh_copy", "positive")
 
-VIEWS = (
-    "diagonal",
-    "expand",
-    "narrow",
-    "permute",
-    "reshape",
-    "select",
-    "slice",
-    "split",
-    "split_with_sizes",
-    "squeeze",
-    "t",
-    "transpose",
-    "unbind",
-    "unfold",
-    "unsqueeze",
-    "view",
-)
-REARRANGEMENTS = (
-    "_unsafe_view",
-    "block_diag",
-    "broadcast_tensors",
-    "broadcast_to",
-    "cat",
-    "channel_shuffle",
-    "chunk",
-    "concat",
-    "concatenate",
-    "diag",
-    "diag_embed",
-    "diagonal_scatter",
-    "expand_as",
-    "flatten",
-    "flip",
-    "fliplr",
-    "flipud",
-    "hstack",
-    "im2col",
-    "meshgrid",
-    "movedim",
-    "pixel_shuffle",
-    "pixel_unshuffle",
-    "ravel",
-    "reflection_pad1d",
-    "reflection_pad2d",
-    "repeat",
-    "repeat_interleave.self_int",
-    "replication_pad1d",
-    "replication_pad2d",
-    "reshape_as",
-    "roll",
-    "rot90",
-    "select_scatter",
-    "slice_scatter",
-    "stack",
-    "tensor_split",
-    "tile",
-    "tril",
-    "triu",
-    "unflatten",
-    "unsafe_chunk",
-    "unsafe_split",
-    "view_as",
-    "vstack",
-)
+VIEWS = """
+    diagonal expand narrow permute reshape select slice split split_with_sizes squeeze t transpose
+    unbind unfold unsqueeze view
+""".split()
+REARRANGEMENTS = """
+    _unsafe_view block_diag broadcast_tensors broadcast_to cat channel_shuffle chunk concat concatenate
+    diag diag_embed diagonal_scatter expand_as flatten flip fliplr flipud hstack im2col meshgrid movedim
+    pixel_shuffle pixel_unshuffle ravel reflection_pad1d reflection_pad2d repeat
+    repeat_interleave.self_int replication_pad1d replication_pad2d reshape_as roll rot90 select_scatter
+    slice_scatter stack tensor_split tile tril triu unflatten unsafe_chunk unsafe_split view_as vstack
+""".split()
 # These take tensors of integers or truth values that say where, not what.
-INDEXED = (
-    "gather",
-    "index",
-    "index_copy",
-    "index_put",
-    "index_select",
-    "masked_select",
-    "repeat_interleave.self_Tensor",
-    "scatter.src",
-    "take",
-    "take_along_dim",
-)
+INDEXED = """
+    gather index index_copy index_put index_select masked_select repeat_interleave.self_Tensor
+    scatter.src take take_along_dim
+""".split()
+SHAPE_ONLY = """
+    empty_like full_like new_empty new_full new_ones new_zeros ones_like zeros_like
+""".split()
 # The position of the number that these write into the entries they fill.
 FILLED: dict[str, int] = {"constant_pad_nd": 2, "index_fill": 3, "scatter.value": 3}
 
@@ -176,10 +117,12 @@ def copy(call: Call, destination: Any, source: Any, non_blocking: bool = False) 
     return gather(column(source), _positions(_as_tensor(source)).expand(call.shape))
 
 
-SHAPE_ONLY = ("empty_like", "full_like", "new_empty", "new_full", "new_ones", "new_zeros", "ones_like", "zeros_like")
+@lowers("fill.Tensor")
+def fill_with(call: Call, x: Any, value: Any) -> Any:
+    return copy(call, x, value)
 
 
-@lowers(*SHAPE_ONLY, "fill", "isnan", "isinf")
+@lowers(*SHAPE_ONLY, "fill.Scalar", "isnan", "isinf")
 def constant_like(call: Call, x: Any, *args: Any, **kwargs: Any) -> Any:
     """What does not depend on the values, as long as they are finite."""
     return call.op(torch.zeros(x.shape, dtype=x.dtype), *args, **kwargs)

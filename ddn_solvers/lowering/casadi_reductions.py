@@ -52,7 +52,7 @@ class Groups:
 
 def repeated(row: Any, size: int) -> Any:
     """A row as a matrix with ``size`` equal rows."""
-    return row if row.numel() == 1 else ca.repmat(row, size, 1)
+    return ca.repmat(row, size, 1)
 
 
 def folded(matrix: Any, combine: Callable[[Any, Any], Any]) -> Any:
@@ -304,7 +304,7 @@ def vector_norm(
 
 @lowers("cdist", "_cdist_forward")
 def cdist(call: Call, x: Any, y: Any, p: float = 2, *_: Any) -> Any:
-    left, right = x.shape[:-2] + (x.shape[-2], 1, x.shape[-1]), y.shape[:-2] + (1, *y.shape[-2:])
+    left, right = (*x.shape[:-1], 1, x.shape[-1]), (*y.shape[:-2], 1, *y.shape[-2:])
     shape = torch.broadcast_shapes(left, right)
     difference = broadcast(_reshaped(x, left), shape) - broadcast(_reshaped(y, right), shape)
     return _norm(call, ca.reshape(difference, shape[-1], math.prod(shape[:-1])), p)

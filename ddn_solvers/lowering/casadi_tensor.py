@@ -141,14 +141,18 @@ def column(operand: Any) -> Any:
 
 
 def broadcast(operand: Any, shape: Shape) -> Any:
-    """The column of ``operand`` expanded to ``shape``; a single entry stays one, CasADi repeats it."""
+    """The column of ``operand`` expanded to ``shape``; numbers and single constants stay as they are.
+
+    A symbol is never left to CasADi to repeat: ``jacobian`` of a column plus a scalar loses terms where
+    it takes several adjoint directions at once (CasADi 3.8.2).
+    """
     if not isinstance(operand, Tensor | torch.Tensor):
         return operand
     size = math.prod(operand.shape)
-    if size == 1 or size == math.prod(shape):
+    if size == math.prod(shape):
         return column(operand)
     if isinstance(operand, torch.Tensor):
-        return constant(operand.expand(shape))
+        return constant(operand if size == 1 else operand.expand(shape))
     return gather(operand.column, torch.arange(size).reshape(operand.shape).expand(shape))
 
 

@@ -34,7 +34,9 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 Values = Mapping[fx.Node, Array]
 
 # Operations that read the shape of their argument only, not its values.
-_SHAPE_ONLY = frozenset("zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty".split())
+_SHAPE_ONLY = frozenset(
+    ["zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"]
+)
 
 
 class NotLowered(Exception):
@@ -123,19 +125,48 @@ def _shape(node: fx.Node) -> Shape:
 
 
 def hoistable(module: fx.GraphModule, variables: int, outputs: Sequence[int] | None = None) -> list[fx.Node]:
-    """Nodes of parameters alone whose values the expressions need: they feed a node of variables, or an output.
+    """Nodes of parameters alone that feed a node of variables, or are an output: their values are needed.
 
     Args:
         variables: How many of the placeholders are variables; they come first.
         outputs: Which outputs count; all by default.
     """
     levels = _levels(module, variables)
-    results = _output_node(module).args[0]
-    wanted = [results[k] for k in (range(len(results)) if outputs is None else outputs)]  # type: ignore[arg-type,index]
+    results = _results(module)
+    wanted = [results[k] for k in (range(len(results)) if outputs is None else outputs)]
     needed = _ancestors(wanted)
-    readers = [n.all_input_nodes for n in levels if levels[n] == _VARIABLE and n in needed and n.op == "call_function"]
+    readers = [
+        n.all_input_nodes
+        for n in levels
+        if levels[n] == _VARIABLE and n in needed and n.op == "call_function"
+    ]
     candidates = dict.fromkeys([node for inputs in readers for node in inputs] + wanted)
     return [n for n in candidates if levels[n] == _PARAMETER and isinstance(n.meta["val"], torch.Tensor)]
+
+
+def evaluate(
+    module: fx.GraphModule, nodes: Sequence[fx.Node], variables: int, parameters: Sequence[Array]
+) -> list[Array]:
+    """Values of nodes of parameters alone, by torch: where the graph has no compiled functions."""
+    needed, tensors = _ancestors(nodes), dict[fx.Node, Any]()
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    for node, value in zip(placeholders[variables:], parameters, strict=True):
+        tensors[node] = torch.from_numpy(np.ascontiguousarray(value)).reshape(_shape(node))
+    for node in module.graph.nodes:
+        if node not in needed or node in tensors:
+            continue
+        if node.op == "get_attr":
+            tensors[node] = getattr(module, str(node.target))
+        else:
+            args, kwargs = pytree.tree_map_only(fx.Node, tensors.__getitem__, (node.args, node.kwargs))
+            tensors[node] = node.target(*args, **kwargs)
+    return [tensors[node].detach().to(torch.float64).numpy() for node in nodes]
+
+
+def operations_of(module: fx.GraphModule, output: int) -> set[str]:
+    """Names of the operations that one output goes through."""
+    nodes = _ancestors([_results(module)[output]])
+    return {operation_name_of(node.target) for node in nodes if node.op == "call_function"}
 
 
 _CONSTANT, _PARAMETER, _VARIABLE = range(3)
@@ -156,8 +187,10 @@ def _levels(module: fx.GraphModule, variables: int) -> dict[fx.Node, int]:
     return levels
 
 
-def _output_node(module: fx.GraphModule) -> fx.Node:
-    return next(node for node in module.graph.nodes if node.op == "output")
+def _results(module: fx.GraphModule) -> list[Any]:
+    """The nodes that the graph returns."""
+    output = next(node for node in module.graph.nodes if node.op == "output")
+    return list(output.args[0])
 
 
 def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
@@ -179,13 +212,20 @@ class Lowering:
         variables: One flat expression a variable.
         values: Values of the ``hoistable`` nodes, from which signs are assumed; ``None`` assumes
             nothing, and refuses what hangs on a sign.
+        names: What messages call the placeholders.
 
     Attributes:
         hoisted: The CVXPY parameters in use.
         constraints: Equations of the variables that the expressions introduce.
     """
 
-    def __init__(self, module: fx.GraphModule, variables: Sequence[Expression], values: Values | None = None) -> None:
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        variables: Sequence[Expression],
+        values: Values | None = None,
+        names: Sequence[str] = (),
+    ) -> None:
         self.module, self.values = module, values
         self.constraints: list[cp.Constraint] = []
         self._levels = _levels(module, len(variables))
@@ -194,6 +234,11 @@ class Lowering:
         self._constants: dict[fx.Node, Any] = {}
         self._isolated: dict[int, Expression] = {}
         placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+        self._names = dict(zip(placeholders, names, strict=False))
+        self._nonnegative: set[fx.Node] = set()
+        for node, level in self._levels.items():
+            if level != _VARIABLE and self._is_nonnegative(node):
+                self._nonnegative.add(node)
         for node, expression in zip(placeholders, variables, strict=False):
             self._tensors[node] = ops.make(expression, _shape(node))
 
@@ -207,7 +252,7 @@ class Lowering:
         Raises:
             NotLowered: A node of it is not, or is no CVXPY expression at all.
         """
-        result = _output_node(self.module).args[0][index]  # type: ignore[index]
+        result = _results(self.module)[index]
         needed = _ancestors([result])
         for node in self._levels:  # in order, so that no recursion grows with the graph
             if node in needed and self._levels[node] == _VARIABLE and node not in self._tensors:
@@ -257,7 +302,7 @@ class Lowering:
     def factor(self, tensor: Tensor) -> tuple[int, Tensor]:
         """sign and F with sign * F^T F = matrix, for the symmetric part of a matrix free of variables."""
         if tensor.expression.parameters() and (self.values is None or tensor.node is None):
-            raise Refusal("is a quadratic form whose matrix hangs on parameters, and convex only if that is semidefinite")
+            raise Refusal("is a quadratic form whose matrix hangs on parameters; convex only if semidefinite")
         reason = ""
         for sign, transform in ((1, "factor"), (-1, "factor of minus")):
             value = tensor.expression.value if tensor.node is None else self.values[tensor.node]  # type: ignore[index]
@@ -278,12 +323,32 @@ class Lowering:
             return expression
         if expression.id not in self._isolated:
             if expression.is_affine():
+                if not expression.is_dpp():
+                    return expression
                 isolated = cp.Variable(expression.shape)
                 self.constraints.append(isolated == expression)
             else:
                 isolated = expression.copy([self.free_of_parameters(part) for part in expression.args])
             self._isolated[expression.id] = isolated
         return self._isolated[expression.id]
+
+    def _is_nonnegative(self, node: fx.Node) -> bool:
+        """Whether a node free of variables is so whatever the parameters are; arguments come first."""
+        if self._levels[node] == _CONSTANT:
+            value = self._constant(node)
+            return isinstance(value, torch.Tensor) and bool((value >= 0).all())
+        if node.op != "call_function":
+            return False
+        name = operation_name_of(node.target)
+        if name in ops.NONNEGATIVE or (name == "pow" and node.args[1] in (2, 4, 6)):
+            return True
+        if name in ("clamp", "clamp_min") and isinstance(node.args[1], (int, float)):
+            return node.args[1] >= 0
+        numbers = [leaf for leaf in pytree.tree_leaves(node.args) if isinstance(leaf, (int, float))]
+        keeps_sign = name in ops.SIGN_KEEPING or (
+            name in ("add", "mul", "div") and all(n >= 0 for n in numbers)
+        )
+        return keeps_sign and not node.kwargs and all(n in self._nonnegative for n in node.all_input_nodes)
 
     def _constant(self, node: fx.Node) -> Any:
         if node not in self._constants:
@@ -306,11 +371,15 @@ class Lowering:
         if key not in self._hoisted:
             shape = _shape(node)
             known_nonnegative = transform == "complement" or (
-                transform in ("value", "reciprocal") and operation_name_of(node.target) in ops.NONNEGATIVE
+                transform in ("value", "reciprocal") and node in self._nonnegative
             )
-            attributes = {"nonneg": True} if sign > 0 or known_nonnegative else {"nonpos": True} if sign < 0 else {}
+            attributes = (
+                {"nonneg": True} if sign > 0 or known_nonnegative else {"nonpos": True} if sign < 0 else {}
+            )
             size = (math.prod(shape),) if shape else ()
-            self._hoisted[key] = Hoisted(node, cp.Parameter(size, name=node.name, **attributes), transform, sign)
+            self._hoisted[key] = Hoisted(
+                node, cp.Parameter(size, name=node.name, **attributes), transform, sign
+            )
         return Tensor(self._hoisted[key].parameter, _shape(node), node)
 
     def _attempt(self, node: fx.Node) -> Any:
@@ -320,7 +389,12 @@ class Lowering:
             return error
         except Refusal as refusal:
             return NotLowered(node, str(refusal))
-        except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:  # CVXPY on shapes and options
+        except (
+            ValueError,
+            TypeError,
+            NotImplementedError,
+            RuntimeError,
+        ) as error:  # CVXPY on shapes and options
             return NotLowered(node, f"has no CVXPY form: {error}")
         if isinstance(result, Tensor) and not result.expression.is_dcp():
             return NotLowered(node, self._curvatures(node))
@@ -332,10 +406,13 @@ class Lowering:
             tensor = self.value(argument)
             if isinstance(tensor, Tensor):
                 curvature, sign = tensor.expression.curvature.lower(), tensor.expression.sign.lower()
-                kinds.append(f"{curvature} '{argument.name}' of {sign} sign")
+                kinds.append(f"{curvature} '{self._names.get(argument, argument.name)}' of {sign} sign")
         return f"is neither convex nor concave by the DCP rules; it is applied to {' and '.join(kinds)}"
 
     def _node(self, node: fx.Node) -> Any:
+        value = node.meta["val"]
+        if isinstance(value, torch.Tensor) and not value.is_floating_point():
+            raise Refusal("makes integers or truth values of variables")
         if node.target is operator.getitem:
             return self.value(node.args[0])[node.args[1]]
         for rule in ops.REWRITES.get(operation_name_of(node.target), ()):
@@ -356,7 +433,9 @@ class Lowering:
         handler = ops.OPERATIONS.get(name)
         if handler is None:
             return self._decomposed(target, args, kwargs)
-        return handler(self, *args, **{key: value for key, value in kwargs.items() if key not in _NO_MATHEMATICS})
+        return handler(
+            self, *args, **{key: value for key, value in kwargs.items() if key not in _NO_MATHEMATICS}
+        )
 
     def _decomposed(self, target: Any, args: Any, kwargs: Any) -> Any:
         """An operation without an entry, through the core operations that torch makes of it."""
@@ -382,13 +461,15 @@ class Lowering:
             if node.op == "get_attr":
                 environment[node] = getattr(graph, str(node.target))
                 continue
-            now_args, now_kwargs = pytree.tree_map_only(fx.Node, environment.__getitem__, (node.args, node.kwargs))
+            now_args, now_kwargs = pytree.tree_map_only(
+                fx.Node, environment.__getitem__, (node.args, node.kwargs)
+            )
             if node.op == "output":
                 return now_args[0]
             if node.target is operator.getitem:
                 environment[node] = now_args[0][now_args[1]]
             elif not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves((now_args, now_kwargs))):
-                environment[node] = node.target(*now_args, **now_kwargs)  # type: ignore[operator]
+                environment[node] = node.target(*now_args, **now_kwargs)
             elif node.target is target:
                 break
             else:
@@ -402,4 +483,4 @@ def _shape_only(target: Any, shape: Shape, args: Any, kwargs: Any) -> torch.Tens
 
 
 # Keyword arguments that say where and how a result is stored.
-_NO_MATHEMATICS = frozenset("dtype device layout pin_memory memory_format out_dtype".split())
+_NO_MATHEMATICS = frozenset(["dtype", "device", "layout", "pin_memory", "memory_format", "out_dtype"])

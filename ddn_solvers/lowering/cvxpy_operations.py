@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import cvxpy as cp
 import numpy as np
@@ -74,29 +74,35 @@ class Context(Protocol):
 
 
 Handler = Callable[..., Any]
+H = TypeVar("H", bound=Handler)
 OPERATIONS: dict[str, Handler] = {}
 REWRITES: dict[str, list[Callable[[Context, fx.Node], Tensor | None]]] = {}
 
 
-def operation(*names: str) -> Callable[[Handler], Handler]:
+def operation(*names: str) -> Callable[[H], H]:
     """Register ``handler(context, *args, **kwargs)`` for the ATen operations of these names."""
 
-    def register(handler: Handler) -> Handler:
+    def register(handler: H) -> H:
         OPERATIONS.update(dict.fromkeys(names, handler))
         return handler
 
     return register
 
 
-def rewrite(*names: str) -> Callable[[Handler], Handler]:
+def rewrite(*names: str) -> Callable[[H], H]:
     """Register ``rule(context, node) -> Tensor | None`` for nodes of these operations."""
 
-    def register(rule: Handler) -> Handler:
+    def register(rule: H) -> H:
         for name in names:
             REWRITES.setdefault(name, []).append(rule)
         return rule
 
     return register
+
+
+def _apply(name: str, context: Context, *args: Any) -> Tensor:
+    result: Tensor = OPERATIONS[name](context, *args)
+    return result
 
 
 # --- tensors ------------------------------------------------------------------------------------
@@ -118,8 +124,14 @@ def make(expression: Expression, shape: Sequence[int]) -> Tensor:
     return Tensor(expression, tuple(shape))
 
 
-def move(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def move(function: Callable[..., torch.Tensor], *args: Any) -> Tensor:
     """Apply a torch function that only moves entries (or fills in zeros) to tensors."""
+    moved: Tensor = moved_all(function, args, {})
+    return moved
+
+
+def moved_all(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """The same for a function that may return several tensors."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
     sources, start = [], 1  # position 0 stands for a filled-in zero
     for k, leaf in enumerate(leaves):
@@ -160,13 +172,15 @@ def _only_used(sources: list[Tensor], index: Any) -> tuple[list[Tensor], Any]:
     owner = np.searchsorted(stops, index, side="right")
     used = [k for k in range(len(sources)) if np.any((owner == k) & (index > 0))]
     gaps = np.cumsum([0 if k in used else source.size for k, source in enumerate(sources)])
-    return [sources[k] for k in used], np.where(index > 0, index - gaps[np.minimum(owner, len(sources) - 1)], 0)
+    return [sources[k] for k in used], np.where(
+        index > 0, index - gaps[np.minimum(owner, len(sources) - 1)], 0
+    )
 
 
 def broadcast(*values: Any) -> tuple[list[Expression], Shape]:
     """Expressions of one common shape; those of a single entry stay scalars, which CVXPY promotes."""
     tensors = [as_tensor(value) for value in values]
-    shape = tuple(torch.broadcast_shapes(*(tensor.shape for tensor in tensors)))
+    shape = tuple(np.broadcast_shapes(*(tensor.shape for tensor in tensors)))
     expressions = []
     for tensor in tensors:
         if tensor.size == 1:
@@ -272,6 +286,9 @@ def reciprocal(context: Context, x: Tensor) -> Tensor:
 
 @operation("linear")
 def linear(context: Context, x: Any, weight: Any, bias: Any = None) -> Tensor:
+    x, weight = as_tensor(x), as_tensor(weight)
+    if weight.expression.is_constant() and not x.expression.is_affine():
+        weight = context.signed(weight)  # before it is moved, which would lose what it stands for
     result = matmul(context, x, move(torch.t, weight))
     return result if bias is None else add(context, result, bias)
 
@@ -284,7 +301,9 @@ def addmm(context: Context, bias: Any, x: Any, y: Any, beta: float = 1, alpha: f
 
 @operation("inner")
 def inner(context: Context, x: Any, y: Any) -> Tensor:
-    return matmul(context, x, move(lambda t: t.movedim(-1, max(0, t.dim() - 2)) if t.dim() > 1 else t, as_tensor(y)))
+    return matmul(
+        context, x, move(lambda t: t.movedim(-1, max(0, t.dim() - 2)) if t.dim() > 1 else t, as_tensor(y))
+    )
 
 
 @operation("linalg_vecdot")
@@ -431,14 +450,14 @@ def power(context: Context, x: Any, exponent: Any) -> Tensor:
         if x.expression.parameters() or not x.expression.is_constant() or np.any(x.expression.value <= 0):
             raise Refusal("is taken with an exponent that is a number, or a base that is a positive one")
         logarithm = Tensor(cp.Constant(np.log(x.expression.value)), x.shape)
-        return OPERATIONS["exp"](context, product(context, logarithm, exponent))
+        return _apply("exp", context, product(context, logarithm, exponent))
     if exponent.expression.parameters() or exponent.size != 1:
         raise Refusal("is taken with one number as exponent")
     p = float(np.squeeze(exponent.expression.value))
     if p == 0:
         return as_tensor(torch.ones(x.shape))
     if p == 1:
-        return x
+        return make(x.expression, x.shape)
     if p == 2:
         return make(cp.square(x.expression), x.shape)
     # Even powers are convex everywhere, and torch itself gives NaN for a broken power of a negative
@@ -450,7 +469,9 @@ def power(context: Context, x: Any, exponent: Any) -> Tensor:
 
 def _power_of_nonnegative(x: Tensor, p: float) -> Tensor:
     if not x.expression.is_nonneg():
-        raise Refusal(f"(power {p:g}) is convex only where its argument is known to be nonnegative; bound it below by 0")
+        raise Refusal(
+            f"(power {p:g}) is convex only where its argument is known to be nonnegative; bound it below by 0"
+        )
     return make(_exact_power(x.expression, p), x.shape)
 
 
@@ -479,13 +500,13 @@ def leaky_relu(context: Context, x: Tensor, slope: float = 0.01) -> Tensor:
 def clamp(context: Context, x: Tensor, low: Any = None, high: Any = None, **named: Any) -> Tensor:
     low, high = named.get("min", low), named.get("max", high)
     if low is not None:
-        x = OPERATIONS["maximum"](context, x, low)
-    return x if high is None else OPERATIONS["minimum"](context, x, high)
+        x = _apply("maximum", context, x, low)
+    return x if high is None else _apply("minimum", context, x, high)
 
 
 @operation("logaddexp")
 def logaddexp(context: Context, x: Any, y: Any) -> Tensor:
-    return OPERATIONS["logsumexp"](context, _stacked(x, y), 0)
+    return _apply("logsumexp", context, _stacked(x, y), 0)
 
 
 @operation("hypot")
@@ -494,17 +515,19 @@ def hypot(context: Context, x: Any, y: Any) -> Tensor:
 
 
 def _stacked(x: Any, y: Any) -> Tensor:
-    return move(lambda *t: torch.stack(torch.broadcast_tensors(*t)), as_tensor(x), as_tensor(y))
+    x, y = as_tensor(x), as_tensor(y)
+    shape = np.broadcast_shapes(x.shape, y.shape)
+    return move(lambda *t: torch.stack([item.expand(shape) for item in t]), x, y)
 
 
 @operation("xlogy", "special_xlogy")
 def xlogy(context: Context, x: Any, y: Any) -> Tensor:
-    return product(context, x, OPERATIONS["log"](context, as_tensor(y)))
+    return product(context, x, _apply("log", context, as_tensor(y)))
 
 
 @operation("log_softmax", "_log_softmax")
 def log_softmax(context: Context, x: Tensor, dim: int, *_: Any) -> Tensor:
-    return subtract(context, x, OPERATIONS["logsumexp"](context, x, dim, True))
+    return subtract(context, x, _apply("logsumexp", context, x, dim, True))
 
 
 @operation("where")
@@ -576,15 +599,17 @@ def minimum(context: Context, x: Any, other: Any = None, keepdim: bool = False) 
 
 def _extreme(context: Context, binary: str, over: str, x: Any, other: Any, keepdim: bool) -> Any:
     if isinstance(other, int):  # values and positions; the latter no function of ours can use
-        return [OPERATIONS[over](context, x, other, keepdim), None]
-    return OPERATIONS[over](context, x) if other is None else OPERATIONS[binary](context, x, other)
+        return [_apply(over, context, x, other, keepdim), None]
+    return _apply(over, context, x) if other is None else _apply(binary, context, x, other)
 
 
 # --- norms and losses ------------------------------------------------------------------------------------
 
 
 @operation("linalg_vector_norm", "norm")
-def norm(context: Context, x: Tensor, p: Any = 2, dim: Dims = None, keepdim: bool = False, **_: Any) -> Tensor:
+def norm(
+    context: Context, x: Tensor, p: Any = 2, dim: Dims = None, keepdim: bool = False, **_: Any
+) -> Tensor:
     p = 2 if p in (None, "fro") else p
     if isinstance(p, Tensor) or p < 1:
         raise Refusal(f"is convex only for p >= 1, not {p}")
@@ -602,14 +627,18 @@ def _vector_norm(x: Expression, p: float, axis: int | None) -> Expression:
 
 
 @operation("linalg_matrix_norm")
-def matrix_norm(context: Context, x: Tensor, p: Any = "fro", dim: Any = (-2, -1), keepdim: bool = False) -> Tensor:
+def matrix_norm(
+    context: Context, x: Tensor, p: Any = "fro", dim: Any = (-2, -1), keepdim: bool = False
+) -> Tensor:
     if len(x.shape) != 2 or [d % 2 for d in dim] != [0, 1] or p in (-1, -2, -math.inf):
         raise Refusal(f"is taken of whole matrices, and not with ord={p}")
     return make(cp.norm(x.matrix(), p), (1, 1) if keepdim else ())
 
 
 @operation("linalg_norm")
-def linalg_norm(context: Context, x: Tensor, p: Any = None, dim: Dims = None, keepdim: bool = False) -> Tensor:
+def linalg_norm(
+    context: Context, x: Tensor, p: Any = None, dim: Dims = None, keepdim: bool = False
+) -> Tensor:
     over = [dim] if isinstance(dim, int) else dim
     if p is not None and (len(over) if over is not None else len(x.shape)) == 2:
         return matrix_norm(context, x, p, over or (-2, -1), keepdim)
@@ -635,7 +664,7 @@ def mse_loss(context: Context, x: Any, y: Any, how: int = 1) -> Tensor:
 
 @operation("l1_loss")
 def l1_loss(context: Context, x: Any, y: Any, how: int = 1) -> Tensor:
-    return _reduced_loss(context, OPERATIONS["abs"](context, subtract(context, x, y)), how)
+    return _reduced_loss(context, _apply("abs", context, subtract(context, x, y)), how)
 
 
 @operation("huber_loss")
@@ -685,7 +714,12 @@ def _is_symmetric(matrix: Expression) -> bool:
 
 # --- operations that need no entry of their own ---------------------------------------------------------
 
-MOVEMENTS = frozenset(
+
+def _words(names: str) -> frozenset[str]:
+    return frozenset(names.split())
+
+
+MOVEMENTS = _words(
     """
     reshape view _unsafe_view _reshape_alias view_as flatten unflatten ravel transpose t permute movedim
     moveaxis swapaxes swapdims numpy_T mT matrix_H mH adjoint expand expand_as broadcast_to
@@ -696,29 +730,48 @@ MOVEMENTS = frozenset(
     pad meshgrid unfold as_strided select_scatter slice_scatter diagonal_scatter index_put scatter
     clone contiguous alias to _to_copy type_as lift_fresh lift_fresh_copy detach positive atleast_1d
     atleast_2d atleast_3d block_diag
-    """.split()
+    """
 )
-LINEAR_MAPS = frozenset(
+LINEAR_MAPS = _words(
     """
     cumsum diff trace conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d avg_pool1d
     avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d cross linalg_cross upsample_linear1d
     upsample_bilinear2d upsample_nearest1d upsample_nearest2d deg2rad rad2deg
-    """.split()
+    """
 )
 # Results whose every entry is nonnegative, whatever the argument.
-NONNEGATIVE = frozenset(
+NONNEGATIVE = _words(
     """
     square abs exp exp2 softplus relu sigmoid sqrt rsqrt norm linalg_vector_norm linalg_matrix_norm
     linalg_norm mse_loss l1_loss huber_loss smooth_l1_loss softmax _softmax cosh logical_not gt ge lt le
     eq ne logical_and logical_or dist hypot
-    """.split()
+    """
 )
+# Results that are nonnegative if the arguments are.
+SIGN_KEEPING = MOVEMENTS | {
+    "sum",
+    "mean",
+    "amax",
+    "amin",
+    "max",
+    "min",
+    "cumsum",
+    "matmul",
+    "dot",
+    "mv",
+    "mm",
+}
 
 
 def movement(target: Any, args: Any, kwargs: Any) -> Any:
-    if operation_name_of(target) in ("pad", "constant_pad_nd") and any(isinstance(a, float) and a for a in args):
+    name = operation_name_of(target)
+    if "pad" in name and any(isinstance(a, (int, float)) and a for a in (*args, kwargs.get("value"))):
         raise Refusal("fills in a number other than zero")
-    return move(target, *args, **kwargs)
+    if (name == "index_put" and (True in args[3:] or kwargs.get("accumulate"))) or (
+        name == "scatter" and "reduce" in kwargs
+    ):
+        raise Refusal("adds entries up, which is not taken; use index_select and sum")
+    return moved_all(target, args, kwargs)
 
 
 def linear_map(target: Any, args: Any, kwargs: Any) -> Tensor:
@@ -809,7 +862,7 @@ def _root_of_squares(context: Context, node: fx.Node) -> Tensor | None:
 @rewrite("mul")
 def _square(context: Context, node: fx.Node) -> Tensor | None:
     inner = _squared(node)
-    return None if inner is None else OPERATIONS["square"](context, context.value(inner))
+    return None if inner is None else _apply("square", context, context.value(inner))
 
 
 @rewrite("mul", "xlogy", "special_xlogy")
@@ -835,7 +888,7 @@ def _log_of_sum_of_exp(context: Context, node: fx.Node) -> Tensor | None:
     summed = node.args[0]
     if _is(summed, "sum") and _is(summed.args[0], "exp"):  # type: ignore[union-attr]
         x = context.value(summed.args[0].args[0])  # type: ignore[union-attr]
-        return OPERATIONS["logsumexp"](context, x, *_dims(summed))  # type: ignore[arg-type]
+        return _apply("logsumexp", context, x, *_dims(summed))  # type: ignore[arg-type]
     if _is(summed, "add") and 1 in summed.args and not summed.kwargs:  # type: ignore[union-attr]
         return next((_logistic(context, arg) for arg in summed.args if _is(arg, "exp")), None)  # type: ignore[union-attr]
     return None
@@ -887,12 +940,25 @@ def _quadratic_form(context: Context, node: fx.Node) -> Tensor | None:
     x, y = product_node.args[:2]  # type: ignore[union-attr]
     if _same_value(x, y):
         return make(cp.sum_squares(context.value(x).expression), ())
-    for vector, image in ((x, y), (y, x)):
-        if _is(image, "matmul", "mv"):
-            matrix = [arg for arg in image.args if arg is not vector]  # type: ignore[union-attr]
-            if len(matrix) == 1 and context.independent(matrix[0]):
-                return _form(context, context.value(vector), context.value(matrix[0]))
+    for left, right in ((x, y), (y, x)):
+        (scale, vector), (of_image, image) = _unscaled(left), _unscaled(right)
+        if not _is(image, "matmul", "mv"):
+            continue
+        for argument, matrix in (image.args, reversed(image.args)):
+            of_argument, argument = _unscaled(argument)
+            if _same_value(argument, vector) and context.independent(matrix):
+                form = _form(context, context.value(vector), context.value(matrix))
+                return None if form is None else product(context, scale * of_image * of_argument, form)
     return None
+
+
+def _unscaled(node: Any) -> tuple[float, Any]:
+    """A number and a node whose product is the node: ``0.5 * u @ P @ u`` scales its first ``u``."""
+    if _is(node, "mul"):
+        for number, scaled in (node.args, reversed(node.args)):
+            if isinstance(number, (int, float)):
+                return float(number), scaled
+    return 1.0, node
 
 
 @rewrite("einsum")
@@ -904,7 +970,12 @@ def _quadratic_einsum(context: Context, node: fx.Node) -> Tensor | None:
     at = next(k for k, label in enumerate(labels) if len(label) == 2)
     x, y = (operands[k] for k in range(3) if k != at)
     others = {labels[k] for k in range(3) if k != at}
-    if not _same_value(x, y) or set(labels[at]) != others or len(others) != 2 or not context.independent(operands[at]):
+    if (
+        not _same_value(x, y)
+        or set(labels[at]) != others
+        or len(others) != 2
+        or not context.independent(operands[at])
+    ):
         return None
     return _form(context, context.value(x), context.value(operands[at]))
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import scipy.sparse as sp
+
+if TYPE_CHECKING:
+    import scipy.sparse as sp
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +31,8 @@ class Pattern:
 
     def matrix(self, nonzeros: np.ndarray[Any, Any]) -> sp.csc_array:
         """One sparse matrix from its nonzeros, (nnz,)."""
+        import scipy.sparse as sp  # 0.2 s, which an import of this package should not cost
+
         return sp.csc_array((nonzeros, self.indices, self.indptr), shape=self.shape)
 
     def dense(self, nonzeros: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -90,6 +90,16 @@ class SymbolicFunctions:
             expression = _nonzeros(ca.jacobian(expression, self.z))
         return None
 
+    def constant_hessian(self) -> np.ndarray[Any, Any] | None:
+        """The objective's Hessian if it depends on nothing, else ``None``."""
+        hessian = ca.hessian(self.f, self.z)[0]
+        if ca.depends_on(_nonzeros(hessian), ca.vertcat(self.z, *self.p)):
+            return None
+        matrix: np.ndarray[Any, Any] = ca.Function("constant", [self.z, *self.p], [ca.densify(hessian)])(
+            *[0] * (1 + len(self.p))
+        ).full()
+        return matrix
+
     @cached_property
     def values(self) -> ca.Function:
         return self._function("values", [], [self.f, self.c])

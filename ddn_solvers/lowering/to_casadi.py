@@ -40,7 +40,7 @@ RULE_MODULES = (casadi_elementwise, casadi_linalg, casadi_movement, casadi_reduc
 
 ATEN = torch.ops.aten
 # Core ATen operations that torch can still take apart.
-BEYOND_CORE = (ATEN.native_layer_norm, ATEN.native_group_norm, ATEN._native_batch_norm_legit_no_training)
+BEYOND_CORE = (ATEN.native_layer_norm, ATEN.native_group_norm, ATEN.native_batch_norm)
 RANDOM = "depends on random numbers. Draw them outside and pass them as a parameter."
 UNKNOWN = (
     "has no counterpart in CasADi and torch has no decomposition of it. "
@@ -85,7 +85,6 @@ def lower(
         UnsupportedOperation: An operation has no lowering; the message says which one, where, and what
             to do about it.
     """
-    _settle_shapes(module)
     placeholders = module.graph.find_nodes(op="placeholder")
     symbols = [
         Tensor(entries, tuple(node.meta["val"].shape), node.meta["val"].dtype, varies=position < variables)
@@ -158,9 +157,11 @@ class _Run:
         operation, source, through = self._whence(node)
         if node.op == "get_attr":
             value = operator.attrgetter(str(node.target))(self._module)
-            if isinstance(value, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(value):
+            if isinstance(value, torch.Tensor) and _is_opaque(value):
                 raise UnsupportedOperation(str(node.target), source, OPAQUE)
             return value
+        args: Any
+        kwargs: Any
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._lookup)
         if node.target is operator.getitem:
             return args[0][args[1]]
@@ -173,10 +174,11 @@ class _Run:
         if not isinstance(node.target, OpOverload) or node.target in through:
             raise UnsupportedOperation(operation, source, _unknown(node, operation))
         varies = any(symbol.varies for symbol in symbols)
-        call = Call(node.target, operation, source, tree_leaves(node.meta["val"])[0], varies, self._kinks)
+        outputs = _settled(node, args, kwargs)
+        call = Call(node.target, operation, source, tree_leaves(outputs)[0], varies, self._kinks)
         if rule is None:
             return self._decomposed(call, args, kwargs, through)
-        return _wrapped(call, rule(call, *args, **kwargs), node.meta["val"])
+        return _wrapped(call, rule(call, *args, **kwargs), outputs)
 
     def _whence(self, node: fx.Node) -> tuple[str, str, tuple[Any, ...]]:
         """The operation and the line that a message about a node has to name."""
@@ -211,7 +213,11 @@ def _unknown(node: fx.Node, operation: str) -> str:
     return UNKNOWN if inner == operation else f"comes down to `{inner}`, which {UNKNOWN}"
 
 
-def _constant_result(op: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def _is_opaque(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def _constant_result(op: Any, args: Any, kwargs: Any) -> Any:
     """Run an operation on constants; wherever it was traced, on the CPU."""
     if "device" in kwargs:
         kwargs = {**kwargs, "device": torch.device("cpu")}
@@ -227,7 +233,8 @@ def _wrapped(call: Call, value: Any, fake: Any) -> Any:
         return _Absent(call.operation, call.source)
     if isinstance(value, torch.Tensor):
         return value
-    value = ca.densify(ca.MX(value))
+    value = value if isinstance(value, ca.MX) else ca.MX(value)
+    value = value if value.is_dense() else ca.densify(value)
     if value.numel() != fake.numel():
         raise AssertionError(f"{call.op}: {value.numel()} entries lowered, {fake.numel()} in torch")
     return Tensor(value, tuple(fake.shape), fake.dtype, call.varies)
@@ -271,17 +278,30 @@ def _decomposition(op: OpOverload, structure: TreeSpec, *leaves: Any) -> fx.Grap
         )(*examples)
 
 
-class _RealShapes(fx.Interpreter):
-    """Runs a graph on zeros to find shapes that tracing left open, such as that of ``x[fixed_mask]``."""
+def _settled(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    """``meta["val"]``, or its like where a fixed mask, as in ``x[mask]``, made tracing leave shapes open."""
+    fake = node.meta["val"]
+    shapes = [leaf.shape for leaf in tree_leaves(fake) if isinstance(leaf, torch.Tensor)]
+    if not any(isinstance(extent, torch.SymInt) for shape in shapes for extent in shape):
+        return fake
 
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        n.meta["val"] = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), result)
-        return result
+    def stand_in(tensor: Any) -> torch.Tensor:
+        if tensor.dtype is torch.bool:  # of symbols only by mistake, and about to be refused
+            return torch.ones(tensor.shape, dtype=torch.bool) if isinstance(tensor, Tensor) else tensor
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+    op: Any = node.target
+    args, kwargs = tree_map_only((Tensor, torch.Tensor), stand_in, (args, kwargs))
+    if op is ATEN.masked_select.default:
+        entries, mask = args
+        shape = torch.broadcast_shapes(entries.shape, mask.shape)  # type: ignore[no-untyped-call]
+        return entries.new_empty(int(mask.expand(shape).sum()))
+    if op is ATEN.index.Tensor:
+        places = [p.nonzero(as_tuple=True) if _is_mask(p) else (p,) for p in args[1]]
+        args = (args[0], [place for some in places for place in some])
+    args, kwargs = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
+    return op(*args, **kwargs)
 
 
-def _settle_shapes(module: fx.GraphModule) -> None:
-    fakes = [leaf for node in module.graph.nodes for leaf in tree_leaves(node.meta.get("val"))]
-    if any(isinstance(leaf, torch.SymInt) for fake in fakes for leaf in getattr(fake, "shape", ())):
-        placeholders = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
-        _RealShapes(module).run(*(torch.zeros(fake.shape, dtype=fake.dtype) for fake in placeholders))
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, torch.Tensor) and index.dtype is torch.bool

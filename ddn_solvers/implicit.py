@@ -1,0 +1,219 @@
+"""The autograd front: a solve as one differentiable operation.
+
+``Implicit`` returns point, multipliers and optimal value. Its backward is written in differentiable
+operations of parameters, point, multipliers and cotangent; since point and multipliers are outputs of
+this same operation, differentiating the backward runs through it again, to any order. Where no graph
+of the backward is asked for, the compiled functions serve instead.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ddn_solvers.active_set import ActiveSet
+from ddn_solvers.errors import DegeneracyWarning, SensitivityError
+from ddn_solvers.kkt.derivative import Cotangents, Linearisation, Multipliers, TorchLinearisation
+from ddn_solvers.policy import Policy
+from ddn_solvers.program import Program
+from ddn_solvers.residuals import Bound, Evaluation, PrimalDual
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+
+
+class Outputs(NamedTuple):
+    """What the operation returns; what follows the objective is not differentiable."""
+
+    z: torch.Tensor  # (B, n)
+    y: torch.Tensor  # (B, m)
+    lower: torch.Tensor  # (B, n)
+    upper: torch.Tensor  # (B, n)
+    objective: torch.Tensor  # (B,)
+    sides: torch.Tensor  # (B, q + 2n) bool, see ActiveSet
+    weak: torch.Tensor  # (B, q + 2n) bool
+    singular: torch.Tensor  # (B,) bool
+    gradient_scale: torch.Tensor  # (B,): 1; 0 for masked and NaN for failed samples
+    converged: torch.Tensor  # (B,) bool
+    residuals: torch.Tensor  # (B, 3): stationarity, feasibility, complementarity, unscaled
+
+
+_DIFFERENTIABLE = 5
+
+
+@dataclass
+class Operation:
+    """One call: how to find the point, and what the derivative needs to know.
+
+    Attributes:
+        program: The compiled problem.
+        policy: For degenerate derivatives.
+        find: Parameter blocks, (B, size) or shared (size,), to outputs.
+        degenerate: Set by ``find``: some sample is singular.
+        one_sided: Set by ``find``: some sample has weakly active constraints.
+    """
+
+    program: Program
+    policy: Policy
+    find: Callable[[tuple[Array, ...]], Outputs]
+    degenerate: bool = False
+    one_sided: bool = False
+
+    def check_derivative(self) -> None:
+        """Apply the policy to a derivative that is about to be computed."""
+        if self.one_sided and self.policy.weakly_active == "raise":
+            raise SensitivityError(
+                "a constraint is weakly active (neither slack nor multiplier), so the derivative is one-sided. "
+                "See solution.certificate, or choose policy.weakly_active."
+            )
+        if self.degenerate and self.policy.on_singular == "raise":
+            raise SensitivityError(
+                "the KKT matrix is singular, so the derivative is not unique. "
+                "See solution.certificate, or choose policy.on_singular."
+            )
+        if self.degenerate and self.policy.on_singular == "least_squares":
+            warnings.warn(
+                "the KKT matrix is singular at the solution of some sample: the minimum-norm derivative is "
+                "returned. solution.certificate says more; policy.on_singular chooses.",
+                DegeneracyWarning,
+                stacklevel=2,
+            )
+
+
+def apply(operation: Operation, blocks: Sequence[torch.Tensor]) -> Outputs:
+    """Run the operation on float64 CPU blocks, (B, size) or shared (size,)."""
+    return Outputs(*_Implicit.apply(operation, *blocks))  # type: ignore[no-untyped-call]
+
+
+class _Implicit(torch.autograd.Function):
+    @staticmethod
+    def forward(operation: Operation, *blocks: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(operation.find(tuple(block.detach().numpy() for block in blocks)))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        operation, *blocks = inputs
+        ctx.operation, ctx.blocks = operation, len(blocks)
+        ctx.mark_non_differentiable(*output[_DIFFERENTIABLE:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*blocks, *output)
+        ctx.save_for_forward(*blocks, *output)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        operation: Operation = ctx.operation
+        blocks, outputs = ctx.saved_tensors[: ctx.blocks], Outputs(*ctx.saved_tensors[ctx.blocks :])
+        if all(c is None for c in cotangents[:_DIFFERENTIABLE]):
+            return (None,) * (1 + ctx.blocks)
+        operation.check_derivative()
+        v = Cotangents(
+            *(
+                torch.zeros_like(output) if c is None else c.to(output.dtype)
+                for c, output in zip(cotangents[:_DIFFERENTIABLE], outputs, strict=False)
+            )
+        )
+        if torch.is_grad_enabled():
+            gradients = _differentiable_vjp(operation, blocks, outputs, v)
+        else:
+            gradients = _compiled_vjp(operation, blocks, outputs, v)
+        return None, *gradients
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        operation: Operation = ctx.operation
+        blocks, outputs = ctx.saved_tensors[: ctx.blocks], Outputs(*ctx.saved_tensors[ctx.blocks :])
+        operation.check_derivative()
+        full = [torch.zeros_like(b) if t is None else t for t, b in zip(tangents, blocks, strict=True)]
+        changes = _torch_linearisation(operation, blocks, outputs).jvp(full)
+        scaled = [_scale_rows(change, outputs.gradient_scale) for change in changes]
+        return (*scaled, *(None,) * (len(outputs) - _DIFFERENTIABLE))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], operation: Operation, *blocks: torch.Tensor) -> Any:
+        size = info.batch_size
+        moved = [b if d is None else b.movedim(d, 0) for b, d in zip(blocks, in_dims[1:], strict=True)]
+        mapped = [d is not None for d in in_dims[1:]]
+        inner = max((b.shape[-2] for b, d in zip(moved, mapped, strict=True) if b.dim() - d == 2), default=None)
+        flat = [_flatten(b, d, size, inner) for b, d in zip(moved, mapped, strict=True)]
+        outputs = _Implicit.apply(operation, *flat)  # type: ignore[no-untyped-call]
+        batch = 1 if inner is None else inner
+        return tuple(o.reshape(size, batch, *o.shape[1:]) for o in outputs), (0,) * len(outputs)
+
+
+def _flatten(block: torch.Tensor, mapped: bool, size: int, inner: int | None) -> torch.Tensor:
+    """One batch dimension out of the mapped one and the operation's own (``inner``)."""
+    batched = block.dim() - mapped == 2
+    if not mapped and not batched:
+        return block
+    if not mapped:
+        block = block.expand(size, *block.shape)
+    elif not batched and inner is not None:
+        block = block.unsqueeze(1).expand(size, inner, block.shape[-1])
+    return block.reshape(-1, block.shape[-1])
+
+
+def _scale_rows(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    shaped = scale.reshape(-1, *[1] * (values.dim() - 1))
+    return torch.where(shaped == 1, values, shaped.expand_as(values))
+
+
+def _compiled_vjp(
+    operation: Operation, blocks: Sequence[torch.Tensor], outputs: Outputs, v: Cotangents
+) -> list[torch.Tensor]:
+    """On the samples that have a derivative; masked ones get zero, failed ones NaN."""
+    scale = outputs.gradient_scale.numpy()
+    good = np.flatnonzero(scale == 1)
+    every = len(good) == len(scale)
+    pick: Any = slice(None) if every else good
+    point = PrimalDual(*(o.numpy()[pick] for o in outputs[:4]))
+    parameters = tuple(b.numpy() for b in blocks)
+    bound = Bound(parameters, *operation.program.bounds(parameters))
+    if len(bound.lower) != len(scale):  # every block is shared
+        bound = Bound(parameters, *(np.broadcast_to(side, (len(scale), side.shape[1])) for side in (bound.lower, bound.upper)))
+    evaluation = Evaluation.at(operation.program, bound.take(pick), point)
+    n = point.z.shape[1]
+    sides, weak = outputs.sides.numpy()[pick], outputs.weak.numpy()[pick]
+    active = ActiveSet(sides, weak, np.zeros(len(sides)), operation.program.equality.size, n)
+    linearisation = Linearisation(evaluation, active, outputs.singular.numpy()[pick], operation.policy)
+    picked = Cotangents(*(getattr(v, name)[pick] for name in ("z", "y", "lower", "upper", "objective")))
+    gradients = linearisation.vjp(picked)
+    results = []
+    for gradient, block in zip(gradients, blocks, strict=True):
+        if every:
+            results.append(torch.from_numpy(gradient))
+        elif block.dim() == 1:
+            failed = 0.0 if np.isfinite(scale).all() else np.nan
+            results.append(torch.from_numpy(gradient + failed))
+        else:
+            whole = np.repeat(scale[:, None], block.shape[1], axis=1)
+            whole[good] = gradient
+            results.append(torch.from_numpy(whole))
+    return results
+
+
+def _differentiable_vjp(
+    operation: Operation, blocks: Sequence[torch.Tensor], outputs: Outputs, v: Cotangents
+) -> list[torch.Tensor]:
+    scale = outputs.gradient_scale
+    kept = Cotangents(*(_scale_rows(getattr(v, k), scale) for k in ("z", "y", "lower", "upper", "objective")))
+    return _torch_linearisation(operation, blocks, outputs).vjp(kept)
+
+
+def _torch_linearisation(
+    operation: Operation, blocks: Sequence[torch.Tensor], outputs: Outputs
+) -> TorchLinearisation:
+    return TorchLinearisation(
+        operation.program,
+        blocks,
+        outputs.z,
+        Multipliers(outputs.y, outputs.lower, outputs.upper),
+        outputs.sides,
+        outputs.weak,
+        outputs.singular,
+        operation.degenerate,
+        operation.policy,
+    )

@@ -1,0 +1,70 @@
+"""Second-order conditions: the Hessian of the Lagrangian on the null space of the active constraints.
+
+With P = I - A^+ A the projection on that null space, the eigenvalues of P H P are those of the reduced
+Hessian Z^T H Z and a zero for each active direction. A point is a strict minimum if the former are
+positive (SOSC), and no minimum if one is clearly negative. Weakly active rows are kept active: only
+then does a negative eigenvalue rule a minimum out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ddn_solvers.active_set import ActiveSet
+from ddn_solvers.residuals import Evaluation
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+_CLEARLY = 1e-7  # relative to the largest entry of H: below it, an eigenvalue may be rounding
+_RANK = 1e-10  # relative singular value below which rows count as dependent
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """Per sample: rank of the active rows, how many there are, smallest reduced eigenvalue over |H|."""
+
+    rank: np.ndarray[Any, np.dtype[np.int64]]
+    rows: np.ndarray[Any, np.dtype[np.int64]]
+    smallest: Array  # inf where the null space is {0}
+
+    @property
+    def negative(self) -> Any:
+        """(B,) bool: not a minimum."""
+        return self.smallest < -_CLEARLY
+
+    @property
+    def positive(self) -> Any:
+        """(B,) bool: the second-order sufficient condition holds."""
+        return self.smallest > _CLEARLY
+
+
+def curvature(evaluation: Evaluation, active: ActiveSet) -> Curvature:
+    """Rank and curvature at a batch of points."""
+    batch, n = evaluation.point.z.shape
+    rows = np.where(active.constraints[:, :, None], _normalised(evaluation), 0.0)
+    fixed = np.zeros((batch, n, n))
+    fixed[:, np.arange(n), np.arange(n)] = active.fixed
+    _, singular, right = np.linalg.svd(np.concatenate([rows, fixed], axis=1), full_matrices=True)
+    counted = np.zeros((batch, n), dtype=bool)  # right singular vectors that span the rows
+    largest = np.maximum(singular.max(axis=1, initial=0.0), 1e-300)[:, None]
+    counted[:, : singular.shape[1]] = singular > _RANK * largest
+    null = np.where(counted[:, :, None], 0.0, right)
+    reduced = null @ evaluation.hessian @ null.transpose(0, 2, 1)
+    norm = np.abs(evaluation.hessian).max(axis=(1, 2), initial=0.0)
+    unit = np.where(norm > 0, norm, 1.0)[:, None, None]
+    above = np.where(counted, 2.0 * n, 0.0)  # lifts the directions that do not count out of the way
+    reduced = reduced / unit + above[:, :, None] * np.eye(n)
+    smallest = np.linalg.eigvalsh(reduced).min(axis=1, initial=np.inf)
+    rank = counted.sum(axis=1)
+    count = active.constraints.sum(axis=1) + active.fixed.sum(axis=1)
+    return Curvature(rank, count, np.where(rank == n, np.inf, smallest))
+
+
+def _normalised(evaluation: Evaluation) -> Array:
+    """Rows of unit norm, so that rank does not depend on the units of a constraint."""
+    norms = evaluation.row_norms[:, :, None]
+    negligible = norms <= 1e-12 * np.maximum(1.0, norms.max(axis=1, initial=0.0, keepdims=True))
+    scaled: Array = np.where(negligible, 0.0, evaluation.jacobian / np.where(negligible, 1.0, norms))
+    return scaled

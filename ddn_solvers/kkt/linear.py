@@ -1,0 +1,98 @@
+"""Linear solvers for batches of symmetric systems, behind one interface.
+
+    init(matrix) -> state,   compute(state, rhs) -> solution,   transpose(state) -> state
+
+Matrices are (B, N, N), right-hand sides (B, N). Each solver works on torch tensors and is
+differentiable, so that the backward pass can itself be differentiated.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+
+# Beyond this condition number (after equilibration) the solution of a system is rounding error.
+SINGULAR: Final = 1e12
+
+
+class LinearSolver(abc.ABC):
+    """A factorization that is made once and used for every right-hand side."""
+
+    @abc.abstractmethod
+    def init(self, matrix: torch.Tensor) -> Any:
+        """Factor (B, N, N)."""
+
+    @abc.abstractmethod
+    def compute(self, state: Any, rhs: torch.Tensor) -> torch.Tensor:
+        """(B, N) -> (B, N)"""
+
+    def transpose(self, state: Any) -> Any:
+        """The state of the transposed system: itself, KKT matrices being symmetric."""
+        return state
+
+
+class DenseLU(LinearSolver):
+    """LU with partial pivoting; exact for regular systems."""
+
+    def init(self, matrix: torch.Tensor) -> Any:
+        factors, pivots, _ = torch.linalg.lu_factor_ex(matrix)
+        return factors, pivots
+
+    def compute(self, state: Any, rhs: torch.Tensor) -> torch.Tensor:
+        factors, pivots = state
+        return torch.linalg.lu_solve(factors, pivots, rhs.unsqueeze(-1)).squeeze(-1)
+
+
+class LeastSquares(LinearSolver):
+    """The minimum-norm least-squares solution through the pseudo-inverse, for singular systems."""
+
+    def init(self, matrix: torch.Tensor) -> Any:
+        return torch.linalg.pinv(matrix, rtol=1 / SINGULAR, hermitian=True)
+
+    def compute(self, state: Any, rhs: torch.Tensor) -> torch.Tensor:
+        return torch.matmul(state, rhs.unsqueeze(-1)).squeeze(-1)
+
+
+class Custom(LinearSolver):
+    """A user's ``(matrix, rhs) -> solution``."""
+
+    def __init__(self, solve: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        self._solve = solve
+
+    def init(self, matrix: torch.Tensor) -> Any:
+        return matrix
+
+    def compute(self, state: Any, rhs: torch.Tensor) -> torch.Tensor:
+        return self._solve(state, rhs)
+
+
+def equilibrate(matrix: torch.Tensor) -> torch.Tensor:
+    """Symmetric scaling d with all rows of diag(d) K diag(d) near one in maximum norm (Ruiz 2001), (B, N).
+
+    It makes every later decision independent of the units of objective and constraints.
+    """
+    scale = torch.ones_like(matrix[..., 0])
+    magnitude = matrix.detach().abs()
+    for _ in range(3):
+        rows = (magnitude * scale.unsqueeze(-2)).amax(-1) * scale
+        scale = torch.where(rows > 0, scale / rows.sqrt(), scale)
+    return scale
+
+
+def condition(solver: LinearSolver, state: Any, matrix: torch.Tensor) -> torch.Tensor:
+    """Estimate of |K| |K^-1| by two steps of inverse iteration from a fixed start, (B,)."""
+    batch, size = matrix.shape[:2]
+    if size == 0:
+        return matrix.new_ones(batch)
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(size, dtype=matrix.dtype, generator=generator)
+    x = solver.compute(state, (start / start.norm()).expand(batch, size))
+    for _ in range(2):
+        norm = x.norm(dim=-1)
+        x = solver.compute(state, x / norm.unsqueeze(-1))
+    inverse = x.norm(dim=-1)
+    largest = matrix.abs().sum(-1).amax(-1)
+    return torch.nan_to_num(largest * inverse, nan=torch.inf, posinf=torch.inf)

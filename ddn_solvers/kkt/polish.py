@@ -1,0 +1,144 @@
+"""Newton's method on the KKT conditions of the identified active set.
+
+A backend's point is good to its own tolerance, 1e-5 or 1e-9; the gradient at that point is no better,
+and a wrong active set makes it wrong altogether. One to three Newton steps on the active equations
+give point and multipliers to rounding. A step is taken only where it lowers the scaled residual; a
+multiplier that turns negative leaves the active set, a constraint that gets violated joins it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from ddn_solvers.active_set import ActiveSet, Mask, fixed_by_bounds, identify
+from ddn_solvers.kkt.system import System
+from ddn_solvers.program import Program
+from ddn_solvers.residuals import Bound, Evaluation, PrimalDual
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+_MAX_STEPS = 8
+_CONVERGED = 1e-13  # relative step below which another one would be rounding
+_SIGN = 1e-11  # scaled slack or multiplier that counts as negative
+
+
+@dataclass(frozen=True)
+class Polished:
+    """The best point found, and what Newton's method says about its distance from the solution.
+
+    Attributes:
+        evaluation: Derivatives and residuals at the polished points.
+        predicted: Relative size of the Newton step that would follow, |dz| / max(1, |z|), (B,).
+        singular: Where the KKT matrix is singular, (B,).
+        condition: Its condition estimate, (B,).
+    """
+
+    evaluation: Evaluation
+    predicted: Array
+    singular: Mask
+    condition: Array
+
+
+def kkt_system(evaluation: Evaluation, active: ActiveSet, **options: Any) -> System:
+    """The KKT system at a batch of points, for the active set ``active``."""
+    return System(
+        torch.from_numpy(evaluation.hessian),
+        torch.from_numpy(evaluation.jacobian),
+        torch.from_numpy(active.constraints),
+        torch.from_numpy(active.fixed),
+        **options,
+    )
+
+
+def polish(program: Program, bound: Bound, start: PrimalDual, linear_solver: Any = "auto") -> Polished:
+    """Polish a batch of points; a sample that Newton's method does not improve stays as it is."""
+    best = Evaluation.at(program, bound, start)
+    working = identify(best, 0.0)
+    batch = len(start.z)
+    predicted, condition = np.full(batch, np.inf), np.full(batch, np.inf)
+    singular = np.zeros(batch, dtype=bool)
+    open_ = np.isfinite(best.scaled)
+    for _ in range(_MAX_STEPS):
+        samples = np.flatnonzero(open_)
+        if not samples.size:
+            break
+        here, active = _take(best, samples), working.take(samples)
+        system = kkt_system(here, active, linear_solver=linear_solver)
+        tried, predicted[samples] = _newton_step(here, active, system)
+        singular[samples], condition[samples] = system.singular.numpy(), system.condition.numpy()
+        with np.errstate(invalid="ignore"):
+            better = tried.scaled < here.scaled
+        corrected = _corrected(active, tried)
+        changed = (corrected.sides != active.sides).any(axis=1) & np.isfinite(tried.scaled)
+        working = replace(working, sides=_put(working.sides, samples, corrected.sides, changed))
+        best = _put_evaluation(best, samples, tried, better)
+        open_[samples] = changed | (better & (predicted[samples] > _CONVERGED))
+    return Polished(best, predicted, singular, condition)
+
+
+def _newton_step(here: Evaluation, active: ActiveSet, system: System) -> tuple[Evaluation, Array]:
+    """The point after one Newton step on the active equations, and the relative size of the step."""
+    y = np.where(active.constraints, here.point.y, 0.0)
+    forces = Evaluation(here.program, here.bound, replace(here.point, y=y), here.first).constraint_forces
+    target = np.where(active.lower, here.bound.lower, here.bound.upper)
+    step = system.solve(
+        torch.from_numpy(-forces),
+        torch.from_numpy(-here.first.constraints),
+        torch.from_numpy(np.where(active.fixed, target - here.point.z, 0.0)),
+    )
+    x, t = step.x.numpy(), step.t.numpy()
+    zero = np.zeros_like(x)
+    z = np.where(active.fixed, target, here.point.z + x)
+    moved = Evaluation.at(here.program, here.bound, PrimalDual(z, y + t, zero, zero))
+    point = with_bound_multipliers(moved, active)
+    tried = Evaluation(here.program, here.bound, point, moved.first)
+    return tried, np.abs(x).max(axis=1, initial=0.0) / here.size[:, 0]
+
+
+def with_bound_multipliers(evaluation: Evaluation, active: ActiveSet) -> PrimalDual:
+    """The multipliers of active bounds that balance the forces on the variables they fix."""
+    forces, fixed = evaluation.constraint_forces, fixed_by_bounds(evaluation)
+    lower = np.where(fixed, np.maximum(forces, 0), np.where(active.lower, forces, 0.0))
+    upper = np.where(fixed, np.maximum(-forces, 0), np.where(active.upper, -forces, 0.0))
+    return replace(evaluation.point, lower=lower, upper=upper)
+
+
+def _corrected(active: ActiveSet, tried: Evaluation) -> ActiveSet:
+    leave = tried.scaled_multiplier < -_SIGN
+    join = tried.scaled_slack < -_SIGN
+    sides = np.where(active.sides, ~leave, join)
+    n = active.n
+    fixed = fixed_by_bounds(tried)
+    sides[:, -2 * n :] = np.where(np.tile(fixed, 2), active.sides[:, -2 * n :], sides[:, -2 * n :])
+    return replace(active, sides=sides)
+
+
+def _take(evaluation: Evaluation, samples: Array) -> Evaluation:
+    if len(samples) == len(evaluation.point.z):
+        return evaluation
+    first = replace(
+        evaluation.first,
+        **{name: value[samples] for name, value in vars(evaluation.first).items()},
+    )
+    return Evaluation(evaluation.program, evaluation.bound.take(samples), evaluation.point.take(samples), first)
+
+
+def _put_evaluation(whole: Evaluation, samples: Array, part: Evaluation, accept: Mask) -> Evaluation:
+    if accept.all() and len(samples) == len(whole.point.z):
+        return part
+    point = PrimalDual(
+        **{k: _put(v, samples, getattr(part.point, k), accept) for k, v in vars(whole.point).items()}
+    )
+    first = replace(
+        whole.first, **{k: _put(v, samples, getattr(part.first, k), accept) for k, v in vars(whole.first).items()}
+    )
+    return Evaluation(whole.program, whole.bound, point, first)
+
+
+def _put(whole: Any, samples: Array, part: Any, accept: Mask) -> Any:
+    result = whole.copy()
+    result[samples[accept]] = part[accept]
+    return result

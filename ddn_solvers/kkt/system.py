@@ -1,0 +1,140 @@
+"""The bordered KKT system, assembled in one place and solved for every purpose.
+
+Differentiating the KKT conditions with the active rows A of c and the active bounds gives
+
+    [ H   A^T ] [ x ]   [ a ]
+    [ A    0  ] [ t ] = [ b ],     x_j = v_j  for each variable j that an active bound fixes,
+
+where the stationarity rows of fixed variables do not constrain x: they give what the bound multiplier
+has to take up, q = H x + A^T t - a. The matrix is symmetric, so this one solve serves
+
+    jvp      x = dz, t = dy,   a = -d(grad_z L), b = -dc, v = d bound,          d bound multiplier = +-q
+    adjoint  x = w,  t = s,    a = cotangent of z, b = of y, v = -+ that of the bound multiplier
+    polish   x = Newton step,  a = -grad_z L, b = -c, v = bound - z
+
+H itself need not be invertible. Rows that are inactive are replaced by t_i = 0 and fixed variables by
+x_j = v_j, so that samples with different active sets form one batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ddn_solvers.kkt.linear import SINGULAR, Custom, DenseLU, LeastSquares, LinearSolver, condition, equilibrate
+
+
+@dataclass(frozen=True)
+class Step:
+    """Solution of one bordered system: x (B, n), t (B, m), and q (B, n), zero on free variables."""
+
+    x: torch.Tensor
+    t: torch.Tensor
+    q: torch.Tensor
+
+
+class System:
+    """Batch of factored KKT systems.
+
+    Args:
+        hessian: H of the Lagrangian, (B, n, n).
+        jacobian: J of all constraints, (B, m, n).
+        active: Rows of J that are active, (B, m) bool.
+        fixed: Variables that an active bound fixes, (B, n) bool.
+        singular: Which samples are singular, if that is known already; found otherwise.
+        repair: With ``singular`` given: whether any of them is. (A transformed tensor cannot be asked.)
+        linear_solver: ``"auto"``, ``"dense"`` or a callable, as in ``Policy``.
+        proximal: Added to the diagonal of H of singular samples instead of taking the pseudo-inverse.
+    """
+
+    def __init__(
+        self,
+        hessian: torch.Tensor,
+        jacobian: torch.Tensor,
+        active: torch.Tensor,
+        fixed: torch.Tensor,
+        *,
+        singular: torch.Tensor | None = None,
+        repair: bool = True,
+        linear_solver: Any = "auto",
+        proximal: float | None = None,
+    ) -> None:
+        self.hessian, self.jacobian, self.active, self.fixed = hessian, jacobian, active, fixed
+        matrix = _bordered(hessian, jacobian, active, fixed)
+        self._scale = equilibrate(matrix)
+        scaled = matrix * self._scale.unsqueeze(-1) * self._scale.unsqueeze(-2)
+        self._solver: LinearSolver = Custom(linear_solver) if callable(linear_solver) else DenseLU()
+        self._state = self._solver.init(scaled)
+        if singular is None:
+            self.condition = condition(self._solver, self._state, scaled)
+            singular = self.condition > SINGULAR
+            repair = bool(singular.any())
+        self.singular, self._repair = singular, repair
+        if repair:
+            self._prepare_singular(matrix, scaled, proximal)
+
+    def _prepare_singular(self, matrix: torch.Tensor, scaled: torch.Tensor, proximal: float | None) -> None:
+        """Regular samples keep their factorization; a singular one gets an identity there, and its own."""
+        pick = self.singular.unsqueeze(-1).unsqueeze(-1)
+        identity = torch.eye(scaled.shape[-1], dtype=scaled.dtype).expand_as(scaled)
+        self._state = self._solver.init(torch.where(pick, identity, scaled))
+        if proximal is not None:
+            n = self.hessian.shape[-1]
+            delta = torch.zeros_like(matrix[..., 0])
+            delta[..., :n] = proximal
+            matrix = matrix + torch.diag_embed(delta)
+        # The minimum norm is meant in the user's own units: one unit for all variables, H and the rows of
+        # A each brought to norm one. (Equilibration would weigh the variables against each other.)
+        self._fallback, self._fallback_scale = LeastSquares(), _uniform_scale(self.hessian, matrix)
+        scale = self._fallback_scale
+        self._fallback_state = self._fallback.init(
+            torch.where(pick, matrix * scale.unsqueeze(-1) * scale.unsqueeze(-2), identity)
+        )
+
+    def solve(self, a: torch.Tensor, b: torch.Tensor, v: torch.Tensor) -> Step:
+        """Solve for one right-hand side a batch member; entries of b on inactive rows are ignored.
+
+        Args:
+            a: (B, n). b: (B, m). v: (B, n), used where a variable is fixed.
+        """
+        v = torch.where(self.fixed, v, 0.0)
+        moved_a = a - _times(self.hessian, v)
+        moved_b = b - _times(self.jacobian, v)
+        rhs = torch.cat([torch.where(self.fixed, 0.0, moved_a), torch.where(self.active, moved_b, 0.0)], dim=-1)
+        solution = self._scale * self._solver.compute(self._state, self._scale * rhs)
+        if self._repair:
+            scale = self._fallback_scale
+            least = scale * self._fallback.compute(self._fallback_state, scale * rhs)
+            solution = torch.where(self.singular.unsqueeze(-1), least, solution)
+        n = a.shape[-1]
+        x, t = torch.where(self.fixed, v, solution[..., :n]), solution[..., n:]
+        q = _times(self.hessian, x) + _times(self.jacobian.transpose(-1, -2), t) - a
+        return Step(x, t, torch.where(self.fixed, q, 0.0))
+
+
+def _bordered(
+    hessian: torch.Tensor, jacobian: torch.Tensor, active: torch.Tensor, fixed: torch.Tensor
+) -> torch.Tensor:
+    free = ~fixed
+    block = torch.where(free.unsqueeze(-1) & free.unsqueeze(-2), hessian, 0.0)
+    block = block + torch.diag_embed(fixed.to(hessian.dtype))
+    border = torch.where(active.unsqueeze(-1) & free.unsqueeze(-2), jacobian, 0.0)
+    corner = torch.diag_embed((~active).to(hessian.dtype))
+    top = torch.cat([block, border.transpose(-1, -2)], dim=-1)
+    bottom = torch.cat([border, corner], dim=-1)
+    return torch.cat([top, bottom], dim=-2)
+
+
+def _uniform_scale(hessian: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    n = hessian.shape[-1]
+    curvature = hessian.detach().abs().flatten(-2).amax(-1, keepdim=True)
+    unit = torch.where(curvature > 0, curvature, 1.0).rsqrt()  # (B, 1)
+    rows = matrix.detach()[..., n:, :n].norm(dim=-1)
+    border = torch.where(rows > 0, 1 / (unit * rows), 1.0)
+    return torch.cat([unit.expand(*unit.shape[:-1], n), border], dim=-1)
+
+
+def _times(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    return torch.matmul(matrix, vector.unsqueeze(-1)).squeeze(-1)

@@ -1,0 +1,121 @@
+"""Is a point a solution? Decided by our residuals, whatever found it.
+
+Solved means: after the polish, scaled feasibility and complementarity are within ``accuracy``, and so is
+the predicted Newton step |dz| / max(1, |z|) where the KKT matrix is regular (stationarity scaled by row
+where it is not).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ddn_solvers.active_set import ActiveSet, Mask, identify
+from ddn_solvers.kkt.curvature import curvature
+from ddn_solvers.kkt.polish import polish
+from ddn_solvers.policy import Policy
+from ddn_solvers.program import Kink, Program
+from ddn_solvers.residuals import Bound, Evaluation, PrimalDual
+from ddn_solvers.solution import Status
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+_ON_KINK = 1e-8  # |residual| / max(1, |z|) that counts as sitting on a kink, once polished
+_NEAR_KINK = 1e-2  # and as possibly the reason why a point is not stationary
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A batch of points with everything that was established about them.
+
+    Attributes:
+        evaluation: At the polished points.
+        active: Active set there.
+        singular: Where the KKT matrix is singular, (B,).
+        condition: Its condition estimate, (B,).
+        status: OPTIMAL, NOT_A_KKT_POINT, NOT_A_MINIMUM or NUMERICAL_ERROR, one a sample.
+        reasons: What is wrong with each sample; empty for good ones.
+    """
+
+    evaluation: Evaluation
+    active: ActiveSet
+    singular: Mask
+    condition: Array
+    status: tuple[Status, ...]
+    reasons: tuple[str, ...]
+
+    @property
+    def optimal(self) -> Mask:
+        return np.array([status is Status.OPTIMAL for status in self.status], dtype=bool)
+
+
+def verify(
+    program: Program, bound: Bound, start: PrimalDual, policy: Policy, dtype: torch.dtype, minimum: bool = True
+) -> Verified:
+    """Polish and judge a batch of points.
+
+    Args:
+        dtype: The caller's; the tolerance of the active set depends on its rounding.
+        minimum: Refuse points with negative curvature (``attach`` accepts them).
+    """
+    with np.errstate(all="ignore"):  # a failed sample may hold anything; it is judged, not computed with
+        polished = polish(program, bound, start, policy.linear_solver)
+        evaluation = polished.evaluation
+        feasibility, complementarity = evaluation.scaled_feasibility, evaluation.scaled_complementarity
+        distance = np.where(polished.singular, evaluation.scaled_stationarity, polished.predicted)
+        # Where the point could not be polished to rounding, the active set is judged less finely.
+        tolerance = np.maximum(policy.activity_tolerance(dtype), 10 * evaluation.scaled)
+        active = identify(evaluation, np.where(np.isfinite(tolerance), tolerance, 0.0))
+        kinks = _kinks(evaluation)
+        bent = np.zeros(len(start.z), dtype=bool)
+        if minimum and program.may_be_nonconvex:
+            bent = curvature(evaluation, active).negative
+    status, reasons = [], []
+    for i in range(len(start.z)):
+        numbers = {
+            "feasibility": feasibility[i],
+            "complementarity": complementarity[i],
+            "stationarity" if polished.singular[i] else "predicted Newton step": distance[i],
+        }
+        verdict, reason = _judge(numbers, kinks[i], program.kinks, bool(bent[i]), policy.accuracy)
+        status.append(verdict)
+        reasons.append(reason)
+    return Verified(
+        evaluation, active, polished.singular, polished.condition, tuple(status), tuple(reasons)
+    )
+
+
+def _judge(
+    numbers: dict[str, Any], kinks: Array, names: tuple[Kink, ...], bent: bool, accuracy: float
+) -> tuple[Status, str]:
+    if not all(np.isfinite(value) for value in numbers.values()):
+        return Status.NUMERICAL_ERROR, "the point or the functions there are not finite"
+    on = np.flatnonzero(kinks <= _ON_KINK)
+    if on.size:
+        return Status.NOT_A_KKT_POINT, f"the solution sits on a kink of {_name(names[on[0]])}"
+    large = {name: value for name, value in numbers.items() if value > accuracy}
+    if large:
+        reason = ", ".join(f"scaled {name} {value:.1e}" for name, value in large.items())
+        reason += f", above the accuracy {accuracy:.0e}"
+        nearest = int(kinks.argmin()) if kinks.size else -1
+        if nearest >= 0 and kinks[nearest] <= _NEAR_KINK:
+            reason += f"; close to a kink of {_name(names[nearest])}"
+        return Status.NOT_A_KKT_POINT, reason
+    if bent:
+        return Status.NOT_A_MINIMUM, "the reduced Hessian of the Lagrangian has a negative eigenvalue"
+    return Status.OPTIMAL, ""
+
+
+def _name(kink: Kink) -> str:
+    return f"'{kink.operation}' at {kink.source}" if kink.source else f"'{kink.operation}'"
+
+
+def _kinks(evaluation: Evaluation) -> Array:
+    """Scaled distance to each kink, (B, kinks)."""
+    program, z = evaluation.program, evaluation.point.z
+    if not program.kinks:
+        return np.zeros((len(z), 0))
+    distances: Array = np.abs(program.kink_residuals(z, evaluation.bound.parameters)) / evaluation.size
+    return distances

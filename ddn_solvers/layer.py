@@ -1,0 +1,179 @@
+"""A problem as a torch module: parameters in, solution out, gradients through the KKT system."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ddn_solvers.captures import Accessor
+from ddn_solvers.errors import ProblemError
+from ddn_solvers.policy import Policy
+from ddn_solvers.problem import Problem, as_problem
+from ddn_solvers.program import compile_program
+from ddn_solvers.solution import DualSolution, Solution
+from ddn_solvers.solve import Solver, as_options, routes, solve_captured
+
+
+class DeclarativeLayer(torch.nn.Module):
+    """``y(x) = argmin_u f(u, x)`` subject to the problem's constraints, as an ``nn.Module``.
+
+    Modules and Parameters that the problem's functions capture are registered under the names they
+    have there, and the layer's own are what the functions see: ``parameters()``, ``to()``,
+    ``state_dict``, ``deepcopy`` and ``torch.func.functional_call`` do what one expects.
+
+    Args:
+        problem: A ``Problem`` or the dict that ``Problem.from_dict`` takes.
+        solver: As in ``ddn.solve``.
+        options: As in ``ddn.solve``.
+        policy: As in ``ddn.solve``.
+        warm_start: Start each call from the solution of the previous one, where the batch is the same.
+
+    Raises:
+        ProblemError: A wrong declaration, option or policy.
+        BackendNotFound, BackendNotInstalled, BackendCannotSolve: The solver's name does not serve.
+    """
+
+    def __init__(
+        self,
+        problem: Problem | Mapping[str, Any],
+        solver: Solver = "auto",
+        options: Mapping[str, Any] | None = None,
+        policy: Policy | None = None,
+        warm_start: bool = False,
+    ) -> None:
+        super().__init__()
+        self.problem = as_problem(problem)
+        self.solver, self.options, self.policy, self.warm_start = solver, options, policy, warm_start
+        self._previous: Solution | None = None
+        self._origins: dict[str, _Origin] = {}
+        as_options(options)
+        program = compile_program(self.problem)
+        routes(solver, program)
+        self._register_captures(program.graph.seen.inputs)
+
+    def forward(
+        self, *parameters: Any, initial: Any = None, warm_start: Solution | None = None, policy: Policy | None = None, **by_name: Any
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """Solve for a batch of parameters.
+
+        Args:
+            *parameters: In declared order, each of shape (*batch, *shape).
+            initial: Starting point, as in ``ddn.solve``.
+            warm_start: An earlier ``Solution`` to start from.
+            policy: In place of the layer's own.
+            **by_name: The remaining parameters.
+
+        Returns:
+            The solution, (*batch, *shape); a tuple in declared order if there are several variables.
+
+        Raises:
+            ProblemError, SolveError: As ``ddn.solve``.
+        """
+        solution = self.solve(*parameters, initial=initial, warm_start=warm_start, policy=policy, **by_name)
+        values = tuple(solution.primal.values())
+        return values[0] if len(values) == 1 else values
+
+    def solve(
+        self, *parameters: Any, initial: Any = None, warm_start: Solution | None = None, policy: Policy | None = None, **by_name: Any
+    ) -> Solution:
+        """The same with everything that is known about the solution; see ``Solution``."""
+        declared = list(self.problem.parameters)
+        if len(parameters) > len(declared):
+            raise ProblemError("too many parameters", expected=", ".join(declared) or "none", got=len(parameters))
+        positional = dict(zip(declared, parameters, strict=False))
+        twice = sorted(set(positional) & set(by_name))
+        if twice:
+            raise ProblemError(f"parameter {twice[0]!r} is given both by position and by name")
+        values = {**positional, **by_name}
+        remembers = self.warm_start and warm_start is None and initial is None
+        if remembers and self._previous is not None and _same_batch(self._previous, values, self.problem):
+            warm_start = self._previous
+        solution = solve_captured(
+            self.problem,
+            values,
+            self.solver,
+            initial,
+            warm_start,
+            self.options,
+            policy or self.policy,
+            self._own_captures(),
+        )
+        if self.warm_start and not torch._C._are_functorch_transforms_active():
+            self._previous = _detached(solution)
+        return solution
+
+    # -- captured modules and Parameters ----------------------------------------------------------
+
+    def _register_captures(self, accessors: tuple[Accessor, ...]) -> None:
+        for accessor in accessors:
+            if accessor.anchor is not None and accessor.anchor not in self._origins:
+                self._adopt(accessor)
+
+    def _adopt(self, accessor: Accessor) -> None:
+        value = accessor.read_anchor()
+        assert accessor.anchor is not None
+        self._origins[accessor.anchor] = _Origin(accessor, value)
+        setattr(self, accessor.anchor, value)  # registers a module as child, a Parameter as parameter
+
+    def _own_captures(self) -> dict[str, Any]:
+        """The layer's own objects; one whose name was rebound at its source since is adopted anew."""
+        for origin in self._origins.values():
+            if origin.rebound():
+                self._adopt(origin.accessor)
+        return {name: getattr(self, name) for name in self._origins}
+
+    # -- copies -----------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_previous", "_origins")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "_previous": None, "_origins": {}})  # type: ignore[no-untyped-call]
+        for accessor in compile_program(self.problem).graph.seen.inputs:
+            if accessor.anchor is not None:
+                self._origins[accessor.anchor] = _Origin(accessor, accessor.read_anchor())
+
+    def extra_repr(self) -> str:
+        variables = ", ".join(f"{name} {shape}" for name, shape in self.problem.variables.items())
+        parameters = ", ".join(f"{name} {shape}" for name, shape in self.problem.parameters.items())
+        return f"{variables} <- {parameters or 'no parameters'}, solver={self.solver!r}"
+
+
+class _Origin:
+    """Where a registered object came from, and what was there then."""
+
+    def __init__(self, accessor: Accessor, value: Any) -> None:
+        self.accessor, self._value = accessor, weakref.ref(value)
+
+    def rebound(self) -> bool:
+        """Whether the name that the function uses refers to another object by now."""
+        return self.accessor.read_anchor() is not self._value()
+
+
+def _detached(solution: Solution) -> Solution:
+    def detach(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: tensor.detach() for name, tensor in tensors.items()}
+
+    dual = solution.dual
+    return replace(
+        solution,
+        primal=detach(solution.primal),
+        dual=DualSolution(detach(dual.equality), detach(dual.inequality), detach(dual.lower), detach(dual.upper)),
+        objective=solution.objective.detach(),
+    )
+
+
+def _same_batch(solution: Solution, values: Mapping[str, Any], problem: Problem) -> bool:
+    shapes = [
+        value.shape[: value.dim() - len(problem.parameters[name])]
+        for name, value in values.items()
+        if isinstance(value, torch.Tensor) and name in problem.parameters
+    ]
+    try:
+        return torch.broadcast_shapes(*shapes) == solution.objective.shape
+    except RuntimeError:
+        return False  # the batches do not broadcast: the call itself says so
