@@ -24,6 +24,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ddn_solvers.captures import Accessor, Captures, Overrides, find_captures
 from ddn_solvers.errors import DDNError, ProblemError, TraceError
@@ -170,6 +171,9 @@ class Substitution(TorchFunctionMode):
         if not self.tracing:
             return _widen(func(*args, **kwargs))
         _refuse_what_loses_values(func, args)
+        if func is torch.tensor and not any(map(_is_symbolic, pytree.tree_leaves(args))):
+            with _disable_current_modes():  # a real constant, which the graph can hold
+                return _widen(func(*args, **kwargs))
         if func in _INDEXING:
             args = (args[0], _static_index(args[1]), *args[2:])
         proxy_mode = get_proxy_mode()
@@ -388,7 +392,7 @@ def _trace_whole(joint: Callable[..., Any], shapes: Sequence[Sequence[int]]) -> 
 
 
 def _trace_functional(joint: Callable[..., Any], shapes: Sequence[Sequence[int]]) -> fx.GraphModule:
-    functional = torch.func.functionalize(joint, remove="mutations_and_views")
+    functional = torch.func.functionalize(joint, remove="mutations")
     module = make_fx(functional, tracing_mode="fake", _allow_non_fake_inputs=True)(*_fake(shapes))
     module.graph.eliminate_dead_code()
     return module

@@ -229,7 +229,7 @@ class TorchLinearisation:
                 f, c, lower, upper = self.program.evaluate(z, p)
                 return f, self._gradient(z, y, *p), c, _finite(lower), _finite(upper)
 
-            return torch.func.jvp(all_of, tuple(p), tuple(dp))[1]
+            return _directional(all_of, p, dp)
 
         df, d_gradient, d_c, d_lower, d_upper = self._map(directional, twice=True)(
             self.z, self.at.y, *self.parameters, *tangents
@@ -266,6 +266,14 @@ class TorchLinearisation:
             return torch.stack(rows)
 
         return loop
+
+
+def _directional(function: Callable[..., Any], p: Sequence[torch.Tensor], dp: Sequence[torch.Tensor]) -> Any:
+    """Directional derivative by reverse mode twice: torch cannot nest its forward mode (v -> J^T v is linear)."""
+    values, pullback = torch.func.vjp(function, *p)
+    _, pushforward = torch.func.vjp(pullback, tuple(torch.zeros_like(v) for v in values))
+    (directions,) = pushforward(tuple(dp))
+    return directions
 
 
 def _finite(bound: torch.Tensor) -> torch.Tensor:

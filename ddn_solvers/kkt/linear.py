@@ -46,6 +46,20 @@ class DenseLU(LinearSolver):
         return torch.linalg.lu_solve(factors, pivots, rhs.unsqueeze(-1)).squeeze(-1)
 
 
+class DenseSolve(LinearSolver):
+    """Factors at each right-hand side; for tensors under torch.func transforms.
+
+    torch 2.13 batches ``lu_solve`` wrongly where factors and right-hand side are vmapped to different
+    depths (vmap of jacrev returns NaN); ``solve`` it batches rightly.
+    """
+
+    def init(self, matrix: torch.Tensor) -> Any:
+        return matrix
+
+    def compute(self, state: Any, rhs: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.solve(state, rhs.unsqueeze(-1)).squeeze(-1)
+
+
 class LeastSquares(LinearSolver):
     """The minimum-norm least-squares solution through the pseudo-inverse, for singular systems."""
 

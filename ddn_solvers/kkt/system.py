@@ -23,7 +23,16 @@ from typing import Any
 
 import torch
 
-from ddn_solvers.kkt.linear import SINGULAR, Custom, DenseLU, LeastSquares, LinearSolver, condition, equilibrate
+from ddn_solvers.kkt.linear import (
+    SINGULAR,
+    Custom,
+    DenseLU,
+    DenseSolve,
+    LeastSquares,
+    LinearSolver,
+    condition,
+    equilibrate,
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,8 @@ class System:
         matrix = _bordered(hessian, jacobian, active, fixed)
         self._scale = equilibrate(matrix)
         scaled = matrix * self._scale.unsqueeze(-1) * self._scale.unsqueeze(-2)
-        self._solver: LinearSolver = Custom(linear_solver) if callable(linear_solver) else DenseLU()
+        dense = DenseLU() if singular is None else DenseSolve()
+        self._solver: LinearSolver = Custom(linear_solver) if callable(linear_solver) else dense
         self._state = self._solver.init(scaled)
         if singular is None:
             self.condition = condition(self._solver, self._state, scaled)

@@ -84,11 +84,18 @@ class SymbolicFunctions:
     def degree(self, kind: str, name: str) -> int | None:
         """Polynomial degree of a term in the variables: 0, 1, 2, or ``None`` for anything else."""
         expression = self.terms[kind, name]
+        if self.kink_terms and self._has_kinks(kind, name):
+            return None  # the derivative of |u| is constant almost everywhere
         for degree in range(3):
             if not ca.depends_on(expression, self.z):
                 return degree
             expression = _nonzeros(ca.jacobian(expression, self.z))
         return None
+
+    def _has_kinks(self, kind: str, name: str) -> bool:
+        position = list(self.terms).index((kind, name))
+        node = self.module.graph.output_node().args[0][position]
+        return bool(lower(self.module, self._inputs, len(self.variables), [node]).kinks)
 
     def constant_hessian(self) -> np.ndarray[Any, Any] | None:
         """The objective's Hessian if it depends on nothing, else ``None``."""
@@ -171,4 +178,4 @@ def _nonzeros(matrix: Any) -> Any:
 
 def _pattern(matrix: Any) -> Pattern:
     sparsity = matrix.sparsity()
-    return Pattern(matrix.shape, np.array(sparsity.colind()), np.array(sparsity.row()))
+    return Pattern(matrix.shape, np.array(sparsity.colind(), dtype=int), np.array(sparsity.row(), dtype=int))
