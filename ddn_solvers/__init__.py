@@ -22,6 +22,7 @@ from ddn_solvers.layer import DeclarativeLayer
 from ddn_solvers.policy import Policy
 from ddn_solvers.problem import Problem
 from ddn_solvers.registry import backends, register
+from ddn_solvers.sensitivity import Sensitivity, attach, sensitivity
 from ddn_solvers.solution import Solution, Status
 from ddn_solvers.solve import solve
 
@@ -39,15 +40,18 @@ __all__ = [
     "Policy",
     "Problem",
     "ProblemError",
+    "Sensitivity",
     "SensitivityError",
     "Solution",
     "SolveError",
     "Status",
     "TraceError",
+    "attach",
     "backends",
     "least_squares",
     "linear_program",
     "quadratic_program",
     "register",
+    "sensitivity",
     "solve",
 ]

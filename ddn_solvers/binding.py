@@ -168,8 +168,8 @@ def check_finite(program: Program, blocks: Sequence[Array]) -> None:
             )
 
 
-def initial_batch(variables: Layout, initial: Any) -> tuple[dict[str, torch.Tensor], Shape]:
-    """The initial point by variable, checked, and the batch shape that it brings.
+def initial_batch(variables: Layout, initial: Any, what: str = "initial") -> tuple[dict[str, torch.Tensor], Shape]:
+    """A point by variable, checked, and the batch shape that it brings.
 
     Raises:
         ProblemError: An unknown variable, a wrong shape or dtype, NaN or infinite entries.
@@ -179,19 +179,19 @@ def initial_batch(variables: Layout, initial: Any) -> tuple[dict[str, torch.Tens
     if isinstance(initial, torch.Tensor):
         if len(variables) != 1:
             names = ", ".join(repr(block.name) for block in variables)
-            raise ProblemError("initial is a tensor", expected=f"a dict, there being several variables: {names}")
+            raise ProblemError(f"{what} is a tensor", expected=f"a dict, there being several variables: {names}")
         initial = {variables.blocks[0].name: initial}
     if not isinstance(initial, Mapping):
-        raise ProblemError("initial is not a point", expected="a dict by variable", got=type(initial).__name__)
+        raise ProblemError(f"{what} is not a point", expected="a dict by variable", got=type(initial).__name__)
     tensors, batches = {}, []
     for name, value in initial.items():
         block = variables.by_name.get(name)
         if block is None:
-            raise ProblemError(f"initial names an unknown variable {name!r}", expected=", ".join(variables.by_name))
-        tensor = as_tensor(f"initial[{name!r}]", value).detach().to("cpu", torch.float64)
-        batches.append(_batch_of(f"initial[{name!r}]", tensor, block.shape))
+            raise ProblemError(f"{what} names an unknown variable {name!r}", expected=", ".join(variables.by_name))
+        tensor = as_tensor(f"{what}[{name!r}]", value).detach().to("cpu", torch.float64)
+        batches.append(_batch_of(f"{what}[{name!r}]", tensor, block.shape))
         if not torch.isfinite(tensor).all():
-            raise ProblemError(f"initial[{name!r}] is not finite", expected="finite numbers")
+            raise ProblemError(f"{what}[{name!r}] is not finite", expected="finite numbers")
         tensors[name] = tensor
     return tensors, tuple(torch.broadcast_shapes(*batches))
 

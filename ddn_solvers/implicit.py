@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ddn_solvers.active_set import ActiveSet
+from ddn_solvers.active_set import ActiveSet, Mask
 from ddn_solvers.errors import DegeneracyWarning, SensitivityError
 from ddn_solvers.kkt.derivative import Cotangents, Linearisation, Multipliers, TorchLinearisation
+from ddn_solvers.kkt.verify import Verified
 from ddn_solvers.policy import Policy
 from ddn_solvers.program import Program
 from ddn_solvers.residuals import Bound, Evaluation, PrimalDual
@@ -63,25 +64,53 @@ class Operation:
     degenerate: bool = False
     one_sided: bool = False
 
-    def check_derivative(self) -> None:
-        """Apply the policy to a derivative that is about to be computed."""
-        if self.one_sided and self.policy.weakly_active == "raise":
-            raise SensitivityError(
-                "a constraint is weakly active (neither slack nor multiplier), so the derivative is one-sided. "
-                "See solution.certificate, or choose policy.weakly_active."
-            )
-        if self.degenerate and self.policy.on_singular == "raise":
-            raise SensitivityError(
-                "the KKT matrix is singular, so the derivative is not unique. "
-                "See solution.certificate, or choose policy.on_singular."
-            )
-        if self.degenerate and self.policy.on_singular == "least_squares":
-            warnings.warn(
-                "the KKT matrix is singular at the solution of some sample: the minimum-norm derivative is "
-                "returned. solution.certificate says more; policy.on_singular chooses.",
-                DegeneracyWarning,
-                stacklevel=2,
-            )
+    def note(self, verified: Verified, converged: Mask) -> None:
+        """Remember what the policy will want to know about the derivative."""
+        self.degenerate = bool((verified.singular & converged).any())
+        self.one_sided = bool((verified.active.weak.any(axis=1) & converged).any())
+
+
+def check_derivative(policy: Policy, degenerate: bool, one_sided: bool) -> None:
+    """Apply the policy to a derivative that is about to be computed.
+
+    Raises:
+        SensitivityError: The policy refuses it.
+    """
+    if one_sided and policy.weakly_active == "raise":
+        raise SensitivityError(
+            "a constraint is weakly active (neither slack nor multiplier), so the derivative is one-sided. "
+            "See solution.certificate, or choose policy.weakly_active."
+        )
+    if degenerate and policy.on_singular == "raise":
+        raise SensitivityError(
+            "the KKT matrix is singular, so the derivative is not unique. "
+            "See solution.certificate, or choose policy.on_singular."
+        )
+    if degenerate and policy.on_singular == "least_squares":
+        warnings.warn(
+            "the KKT matrix is singular at the solution of some sample: the minimum-norm derivative is "
+            "returned. solution.certificate says more; policy.on_singular chooses.",
+            DegeneracyWarning,
+            stacklevel=3,
+        )
+
+
+def outputs_of(operation: Operation, verified: Verified, converged: Mask, on_failure: str) -> Outputs:
+    """A verified batch as the operation's outputs; failed samples as ``on_failure`` says."""
+    operation.note(verified, converged)
+    evaluation, active = verified.evaluation, verified.active
+    point = evaluation.point
+    arrays = [a.copy() for a in (point.z, point.y, point.lower, point.upper, evaluation.first.objective)]
+    scale = np.ones(len(point.z))
+    if on_failure == "mask":
+        scale[~converged] = 0.0
+    if on_failure == "nan":
+        scale[~converged] = np.nan
+        for array in arrays:
+            array[~converged] = np.nan
+    norms = np.stack(evaluation.norms, axis=1)
+    rest = [active.sides, active.weak, verified.singular, scale, converged, norms]
+    return Outputs(*(torch.from_numpy(np.ascontiguousarray(a)) for a in (*arrays, *rest)))
 
 
 def apply(operation: Operation, blocks: Sequence[torch.Tensor]) -> Outputs:
@@ -109,7 +138,7 @@ class _Implicit(torch.autograd.Function):
         blocks, outputs = ctx.saved_tensors[: ctx.blocks], Outputs(*ctx.saved_tensors[ctx.blocks :])
         if all(c is None for c in cotangents[:_DIFFERENTIABLE]):
             return (None,) * (1 + ctx.blocks)
-        operation.check_derivative()
+        check_derivative(operation.policy, operation.degenerate, operation.one_sided)
         v = Cotangents(
             *(
                 torch.zeros_like(output) if c is None else c.to(output.dtype)
@@ -126,7 +155,7 @@ class _Implicit(torch.autograd.Function):
     def jvp(ctx: Any, _: None, *tangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         operation: Operation = ctx.operation
         blocks, outputs = ctx.saved_tensors[: ctx.blocks], Outputs(*ctx.saved_tensors[ctx.blocks :])
-        operation.check_derivative()
+        check_derivative(operation.policy, operation.degenerate, operation.one_sided)
         full = [torch.zeros_like(b) if t is None else t for t, b in zip(tangents, blocks, strict=True)]
         changes = _torch_linearisation(operation, blocks, outputs).jvp(full)
         scaled = [_scale_rows(change, outputs.gradient_scale) for change in changes]

@@ -13,6 +13,7 @@ import torch
 
 from ddn_solvers import registry
 from ddn_solvers.adapter import Adapter, Batch, Feature, Method, Options, Point, ProblemClass
+from ddn_solvers.assembly import assemble
 from ddn_solvers.binding import Binding, bind, check_finite, flat_point, initial_batch
 from ddn_solvers.captures import Overrides
 from ddn_solvers.certificate import Certificate, certify
@@ -25,7 +26,7 @@ from ddn_solvers.errors import (
     ProblemError,
     SolveError,
 )
-from ddn_solvers.implicit import Operation, Outputs, apply
+from ddn_solvers.implicit import Operation, Outputs, apply, outputs_of
 from ddn_solvers.kkt.multipliers import least_squares_multipliers
 from ddn_solvers.kkt.verify import Verified, verify
 from ddn_solvers.layout import Layout
@@ -33,7 +34,7 @@ from ddn_solvers.policy import Policy
 from ddn_solvers.problem import Problem, as_problem
 from ddn_solvers.program import Program, compile_program
 from ddn_solvers.residuals import Bound, PrimalDual
-from ddn_solvers.solution import DualSolution, Residuals, Solution, Stats, Status
+from ddn_solvers.solution import Solution, Stats, Status
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Solver = str | Sequence[str]
@@ -120,7 +121,19 @@ def solve_captured(
     operation = Operation(program, policy, search.find)
     search.operation = operation
     outputs = apply(operation, binding.blocks)
-    solution = assemble(program, binding, outputs, search, time.perf_counter() - started)
+    stats = Stats(
+        tuple(search.backend),
+        tuple(search.method),
+        tuple(search.iterations),
+        tuple(search.reasons),
+        time.perf_counter() - started,
+    )
+
+    def certificate() -> Certificate:
+        assert search.verified is not None
+        return certify(search.verified, policy, binding.batch, np.zeros(len(search.status)))
+
+    solution = assemble(program, binding, outputs, tuple(search.status), stats, certificate)
     report_failures(solution, search, policy)
     return solution
 
@@ -319,22 +332,7 @@ class Search:
     def _outputs(self, bound: Bound, best: PrimalDual) -> Outputs:
         assert self.operation is not None
         converged = np.array([status is Status.OPTIMAL for status in self.status], dtype=bool)
-        verified = self._whole(bound, best)
-        active, evaluation = verified.active, verified.evaluation
-        self.operation.degenerate = bool((verified.singular & converged).any())
-        self.operation.one_sided = bool((active.weak.any(axis=1) & converged).any())
-        z, objective = evaluation.point.z.copy(), evaluation.first.objective.copy()
-        scale = np.ones(len(z))
-        on_failure = self.policy.on_failure
-        if on_failure in ("mask", "nan"):
-            scale[~converged] = 0.0 if on_failure == "mask" else np.nan
-        arrays = [z, evaluation.point.y.copy(), evaluation.point.lower.copy(), evaluation.point.upper.copy(), objective]
-        if on_failure == "nan":
-            for array in arrays:
-                array[~converged] = np.nan
-        norms = np.stack(evaluation.norms, axis=1)
-        rest = [active.sides, active.weak, verified.singular, scale, converged, norms]
-        return Outputs(*(torch.from_numpy(np.ascontiguousarray(a)) for a in (*arrays, *rest)))
+        return outputs_of(self.operation, self._whole(bound, best), converged, self.policy.on_failure)
 
     def _whole(self, bound: Bound, best: PrimalDual) -> Verified:
         """One ``Verified`` for the batch: that of a single route as it is, pieces put together again."""
@@ -417,38 +415,7 @@ def _warm_points(program: Program, warm_start: Solution | None, binding: Binding
     ]
 
 
-# -- assembly -----------------------------------------------------------------------------------------
-
-
-def assemble(program: Program, binding: Binding, outputs: Outputs, search: Search, seconds: float) -> Solution:
-    """Outputs by name, in the caller's shapes, dtype and device."""
-    give, m = binding.give_back, program.equality.size
-    split = {
-        "primal": program.variables.split(give(outputs.z, program.variables.size)),
-        "equality": program.equality.split(give(outputs.y[:, :m], m)),
-        "inequality": program.inequality.split(give(outputs.y[:, m:], program.inequality.size)),
-        "lower": program.variables.split(give(outputs.lower, program.variables.size)),
-        "upper": program.variables.split(give(outputs.upper, program.variables.size)),
-    }
-    residuals = Residuals(*(give(column) for column in outputs.residuals.unbind(-1)))
-    stats = Stats(
-        tuple(search.backend), tuple(search.method), tuple(search.iterations), tuple(search.reasons), seconds
-    )
-
-    def certificate() -> Certificate:
-        assert search.verified is not None
-        return certify(search.verified, search.policy, binding.batch, np.zeros(len(search.status)))
-
-    return Solution(
-        primal=split["primal"],
-        dual=DualSolution(split["equality"], split["inequality"], split["lower"], split["upper"]),
-        objective=give(outputs.objective),
-        status=tuple(search.status),
-        converged=give(outputs.converged),
-        residuals=residuals,
-        stats=stats,
-        _certify=certificate,
-    )
+# -- failures -----------------------------------------------------------------------------------------
 
 
 def report_failures(solution: Solution, search: Search, policy: Policy) -> None:

@@ -102,15 +102,16 @@ def attention(call: Call, *_: Any, **__: Any) -> Any:
 # ---------------------------------------------------------------------------- square matrices
 
 
-def _matrices(tensor: Any) -> list[Any]:
+def matrices(tensor: Any) -> list[Any]:
     """The matrices in the last two dimensions, over the batch."""
     rows, columns = tensor.shape[-2:]
     batch = math.prod(tensor.shape[:-2])
     return [matrix(_part(tensor, i * rows * columns, (rows, columns)), rows, columns) for i in range(batch)]
 
 
-def _stacked(matrices: list[Any]) -> Any:
-    return concatenate([row_major(value) for value in matrices])
+def stacked(values: list[Any]) -> Any:
+    """Matrices one below the other, as a row-major column."""
+    return concatenate([row_major(value) for value in values])
 
 
 @lowers("linalg_solve", "_linalg_solve_ex")
@@ -119,13 +120,13 @@ def solve(call: Call, a: Any, b: Any, left: bool = True, check_errors: bool = Fa
     if vector:
         b = _part(b, 0, (*b.shape, 1))
     batch = tuple(torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]))
-    coefficients = _matrices(_expanded(a, (*batch, *a.shape[-2:])))
-    targets = _matrices(_expanded(b, (*batch, *b.shape[-2:])))
+    coefficients = matrices(_expanded(a, (*batch, *a.shape[-2:])))
+    targets = matrices(_expanded(b, (*batch, *b.shape[-2:])))
     solved = [
         ca.solve(m, ca.densify(rhs)) if left or vector else ca.solve(m.T, ca.densify(rhs.T)).T
         for m, rhs in zip(coefficients, targets, strict=True)
     ]
-    return _first_of(call, _stacked(solved))
+    return _first_of(call, stacked(solved))
 
 
 @lowers("linalg_solve_triangular")
@@ -143,30 +144,30 @@ def solve_triangular(
 
 @lowers("linalg_inv", "linalg_inv_ex", "inverse")
 def inverse(call: Call, a: Any, check_errors: bool = False) -> Any:
-    return _first_of(call, _stacked([ca.inv(m) for m in _matrices(a)]))
+    return _first_of(call, stacked([ca.inv(m) for m in matrices(a)]))
 
 
 @lowers("linalg_det", "_linalg_det", "det")
 def det(call: Call, a: Any) -> Any:
-    return _first_of(call, concatenate([ca.det(m) for m in _matrices(a)]))
+    return _first_of(call, concatenate([ca.det(m) for m in matrices(a)]))
 
 
 @lowers("linalg_slogdet", "_linalg_slogdet", "slogdet")
 def slogdet(call: Call, a: Any) -> tuple[Any, ...]:
-    determinants = concatenate([ca.det(m) for m in _matrices(a)])
+    determinants = concatenate([ca.det(m) for m in matrices(a)])
     outputs = [ca.sign(determinants), ca.log(ca.fabs(determinants)), None, None]
     return tuple(outputs[: len(call.op._schema.returns)])
 
 
 @lowers("logdet")
 def logdet(call: Call, a: Any) -> Any:
-    return ca.log(concatenate([ca.det(m) for m in _matrices(a)]))
+    return ca.log(concatenate([ca.det(m) for m in matrices(a)]))
 
 
 @lowers("linalg_cholesky", "linalg_cholesky_ex", "cholesky")
 def cholesky(call: Call, a: Any, upper: bool = False, check_errors: bool = False) -> Any:
-    factors = [_cholesky((m + m.T) / 2) for m in _matrices(a)]
-    return _first_of(call, _stacked([factor.T if upper else factor for factor in factors]))
+    factors = [_cholesky((m + m.T) / 2) for m in matrices(a)]
+    return _first_of(call, stacked([factor.T if upper else factor for factor in factors]))
 
 
 def _cholesky(rest: Any) -> Any:
@@ -185,7 +186,7 @@ TAYLOR_DEGREE, SQUARINGS, LARGEST_NORM = 18, 8, 2.0**8
 
 @lowers("linalg_matrix_exp", "matrix_exp")
 def matrix_exp(call: Call, a: Any) -> Any:
-    return _stacked([_exponential(m) for m in _matrices(a)])
+    return stacked([_exponential(m) for m in matrices(a)])
 
 
 def _exponential(m: Any) -> Any:

@@ -3,8 +3,8 @@
     lower(graph, inputs, variables).outputs[i](inputs) = output i of the graph,  flat and row-major
 
 Each operation is lowered by its rule in the table (``casadi_elementwise``, ``casadi_movement``,
-``casadi_reductions``, ``casadi_linalg``). One that depends on no symbol is run by torch. One that has no
-rule is decomposed by torch into simpler operations, which are lowered in its place.
+``casadi_reductions``, ``casadi_linalg``, ``casadi_spectral``). One that depends on no symbol is run by
+torch. One that has no rule is decomposed by torch into simpler operations, which are lowered in its place.
 """
 
 from __future__ import annotations
@@ -24,7 +24,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from ddn_solvers.lowering import casadi_elementwise, casadi_linalg, casadi_movement, casadi_reductions
+from ddn_solvers.lowering import (
+    casadi_elementwise,
+    casadi_linalg,
+    casadi_movement,
+    casadi_reductions,
+    casadi_spectral,
+)
 from ddn_solvers.lowering.casadi_tensor import (
     Call,
     KinkExpression,
@@ -36,7 +42,13 @@ from ddn_solvers.lowering.casadi_tensor import (
 
 __all__ = ["KinkExpression", "Lowered", "UnsupportedOperation", "lower"]
 
-RULE_MODULES = (casadi_elementwise, casadi_linalg, casadi_movement, casadi_reductions)  # fill the table
+RULE_MODULES = (  # fill the table
+    casadi_elementwise,
+    casadi_linalg,
+    casadi_movement,
+    casadi_reductions,
+    casadi_spectral,
+)
 
 ATEN = torch.ops.aten
 # Core ATen operations that torch can still take apart.

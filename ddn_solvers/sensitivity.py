@@ -1,0 +1,367 @@
+"""Derivatives at a point that was found elsewhere: ``sensitivity`` and ``attach``.
+
+The given point is verified and polished as a backend's would be; the derivative is that of the polished
+point, and the certificate reports the distance between the two. Any KKT point will do, a saddle or a
+maximum too (Gould et al. 2019, Prop. 4.4); the certificate's ``sosc`` says which it is.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from ddn_solvers.assembly import assemble
+from ddn_solvers.binding import Binding, as_tensor, bind, check_finite, flat_point, initial_batch
+from ddn_solvers.certificate import Certificate, certify
+from ddn_solvers.errors import ConvergenceWarning, ProblemError, SensitivityError
+from ddn_solvers.implicit import Operation, Outputs, apply, check_derivative, outputs_of
+from ddn_solvers.kkt.derivative import Cotangents, Linearisation
+from ddn_solvers.kkt.multipliers import least_squares_multipliers
+from ddn_solvers.kkt.verify import Verified, verify
+from ddn_solvers.layout import Layout
+from ddn_solvers.policy import Policy
+from ddn_solvers.problem import Problem, as_problem
+from ddn_solvers.program import Program, compile_program
+from ddn_solvers.residuals import Bound, PrimalDual
+from ddn_solvers.solution import DualSolution, Solution, Stats, Status
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+# Slack, relative, within which a constraint may be active at a point given without multipliers.
+_NEARLY_ACTIVE = 1e-5
+# The given point may be this many times ``accuracy`` away from its polish.
+_DISTANCE = 10.0
+
+
+def sensitivity(
+    problem: Problem | Mapping[str, Any],
+    parameters: Mapping[str, Any] | None,
+    primal: Mapping[str, torch.Tensor] | torch.Tensor,
+    dual: DualSolution | None = None,
+    policy: Policy | None = None,
+) -> Sensitivity:
+    """Derivatives of a solution found elsewhere.
+
+    Args:
+        problem: A ``Problem`` or the dict that ``Problem.from_dict`` takes.
+        parameters: As in ``ddn.solve``.
+        primal: The point: by variable, or a tensor when there is one variable; (*batch, *shape).
+        dual: Its multipliers, as ``solution.dual``; computed by least squares if missing.
+        policy: As in ``ddn.solve``.
+
+    Returns:
+        Products with the derivative, exact at the polish of the point; see ``Sensitivity``.
+
+    Raises:
+        ProblemError: A wrong declaration, parameter, point or policy.
+        SensitivityError: The point is not a KKT point to ``policy.accuracy`` (unless
+            ``policy.on_failure`` says otherwise).
+    """
+    policy = policy or Policy()
+    program, binding, point = _given(as_problem(problem), parameters, primal)
+    # A batch of its own for every block, so that nothing is summed over samples before it has to be.
+    blocks = tuple(
+        block.detach().expand(binding.samples, block.shape[-1]).contiguous().numpy() for block in binding.blocks
+    )
+    found = _Found(program, policy, binding.dtype, point, dual)
+    found.examine(blocks)
+    _report(found, policy)
+    return Sensitivity(program, binding, found, policy, dict(parameters or {}))
+
+
+def attach(
+    problem: Problem | Mapping[str, Any],
+    parameters: Mapping[str, Any] | None,
+    primal: Mapping[str, torch.Tensor] | torch.Tensor,
+    policy: Policy | None = None,
+) -> Solution:
+    """The same point as a ``Solution`` that is differentiable in the parameters.
+
+    Args, Raises: As ``sensitivity``.
+    """
+    started = time.perf_counter()
+    policy = policy or Policy()
+    program, binding, point = _given(as_problem(problem), parameters, primal)
+    found = _Found(program, policy, binding.dtype, point, None)
+    operation = Operation(program, policy, lambda blocks: found.outputs(blocks, operation))
+    outputs = apply(operation, binding.blocks)
+    _report(found, policy)
+    given = torch.from_numpy(point)
+    if outputs.z.shape == given.shape:  # the caller's own point, with the gradient of its polish
+        outputs = outputs._replace(z=outputs.z + (given - outputs.z).detach())
+    samples = len(found.status)
+    stats = Stats(("attach",) * samples, ("",) * samples, (None,) * samples, found.reasons, time.perf_counter() - started)
+
+    def certificate() -> Certificate:
+        return certify(found.verified, policy, binding.batch, found.distance)
+
+    return assemble(program, binding, outputs, found.status, stats, certificate)
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Products with the derivative of the solution; one factorization serves them all."""
+
+    program: Program
+    binding: Binding
+    found: _Found
+    policy: Policy
+    parameters: Mapping[str, Any]
+
+    @cached_property
+    def certificate(self) -> Certificate:
+        """What can be said of each sample's derivative."""
+        return certify(self.found.verified, self.policy, self.binding.batch, self.found.distance)
+
+    def vjp(self, cotangents: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Cotangents of outputs -> gradients of parameters.
+
+        Args:
+            cotangents: By variable, ``"objective"``, or multiplier (``"equality.plane"``,
+                ``"inequality.ball"``, ``"lower.u"``, ``"upper.u"``); (*batch, *shape) or the shape of one
+                instance; missing ones are zero.
+
+        Returns:
+            By declared parameter, in the shape in which it was given (summed over a batch it shares).
+
+        Raises:
+            ProblemError: An unknown key or a wrong shape.
+            SensitivityError: The policy refuses this derivative.
+        """
+        flat = {name: self._flat_cotangent(name, value) for name, value in cotangents.items()}
+        gradients = self._linearisation().vjp(self._cotangents(flat))
+        result = {}
+        for name, gradient in zip(self.program.problem.parameters, gradients, strict=False):
+            shape, value = self.program.problem.parameters[name], self.parameters[name]
+            values = self.binding.give_back(torch.from_numpy(gradient), *shape)
+            given = value.shape if isinstance(value, torch.Tensor) else shape
+            result[name] = values.sum_to_size(given)
+        return result
+
+    def jvp(self, tangents: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Tangents of parameters -> tangents of variables.
+
+        Args:
+            tangents: By declared parameter; (*batch, *shape) or (*shape); missing ones are zero.
+
+        Returns:
+            By variable, (*batch, *shape).
+
+        Raises:
+            ProblemError: An unknown key or a wrong shape.
+            SensitivityError: The policy refuses this derivative.
+        """
+        declared = self.program.problem.parameters
+        unknown = [name for name in tangents if name not in declared]
+        if unknown:
+            raise ProblemError(f"unknown parameter {unknown[0]!r} in tangents", expected=", ".join(declared))
+        samples, directions = self.binding.samples, []
+        for block, name in zip(self.program.parameters, [*declared, *[None] * len(self.program.parameters)], strict=False):
+            if name in tangents:
+                tensor = as_tensor(f"tangent of {name!r}", tangents[name]).detach().to("cpu", torch.float64)
+                flat = self._expand(f"tangent of {name!r}", tensor, block.shape)
+            else:
+                flat = np.zeros((samples, block.size))
+            directions.append(flat)
+        dz = self._linearisation().jvp(directions)[0]
+        return self.program.variables.split(self.binding.give_back(dz, self.program.variables.size))
+
+    def jacobian(self, of: str | None = None, wrt: str | None = None) -> torch.Tensor:
+        """The derivative of one output with respect to one parameter, sample by sample.
+
+        Args:
+            of: A key as in ``vjp``; by default the only variable.
+            wrt: A declared parameter; by default the only one.
+
+        Returns:
+            (*batch, *shape of the output, *shape of the parameter).
+        """
+        of = of or _only("variable", self.program.problem.variables)
+        wrt = wrt or _only("parameter", self.program.problem.parameters)
+        if wrt not in self.program.problem.parameters:
+            raise ProblemError(f"unknown parameter {wrt!r}", expected=", ".join(self.program.problem.parameters))
+        shape = self._shape_of(of)
+        size, samples = math.prod(shape), self.binding.samples
+        index = list(self.program.problem.parameters).index(wrt)
+        linearisation = self._linearisation()
+        rows = []
+        for i in range(size):
+            unit = torch.zeros(samples, size, dtype=torch.float64)
+            unit[:, i] = 1.0
+            gradient = torch.from_numpy(linearisation.vjp(self._cotangents({of: unit}))[index])
+            rows.append(gradient.reshape(samples, -1))
+        parameter = self.program.problem.parameters[wrt]
+        stacked = torch.stack(rows, dim=1) if rows else torch.zeros(samples, 0, math.prod(parameter))
+        return self.binding.give_back(stacked, *shape, *parameter)
+
+    def _linearisation(self) -> Linearisation:
+        verified: Verified = self.found.verified
+        singular, weak = verified.singular & verified.optimal, verified.active.weak.any(axis=1) & verified.optimal
+        check_derivative(self.policy, bool(singular.any()), bool(weak.any()))
+        return self._factored
+
+    @cached_property
+    def _factored(self) -> Linearisation:
+        verified: Verified = self.found.verified
+        return Linearisation(verified.evaluation, verified.active, verified.singular, self.policy)
+
+    def _shape_of(self, key: str) -> tuple[int, ...]:
+        if key == "objective":
+            return ()
+        kind, _, name = key.rpartition(".")
+        layout = self._layouts.get(kind)
+        if layout is None or name not in layout.by_name:
+            raise ProblemError(
+                f"unknown output {key!r}",
+                expected="a variable, 'objective', 'equality.NAME', 'inequality.NAME', 'lower.VARIABLE' or "
+                "'upper.VARIABLE'",
+            )
+        return layout.by_name[name].shape
+
+    @cached_property
+    def _layouts(self) -> dict[str, Layout]:
+        variables = self.program.variables
+        return {
+            "": variables,
+            "equality": self.program.equality,
+            "inequality": self.program.inequality,
+            "lower": variables,
+            "upper": variables,
+        }
+
+    def _flat_cotangent(self, key: str, value: torch.Tensor) -> torch.Tensor:
+        tensor = as_tensor(f"cotangent of {key!r}", value).detach().to("cpu", torch.float64)
+        return torch.from_numpy(self._expand(f"cotangent of {key!r}", tensor, self._shape_of(key)))
+
+    def _expand(self, where: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> Array:
+        try:
+            whole = tensor.expand(*self.binding.batch, *shape)
+        except RuntimeError as error:
+            expected = f"a tensor that broadcasts to {(*self.binding.batch, *shape)}"
+            raise ProblemError(f"{where} has the wrong shape", expected=expected, got=str(tuple(tensor.shape))) from error
+        flat: Array = whole.reshape(self.binding.samples, math.prod(shape)).numpy()
+        return flat
+
+    def _cotangents(self, flat: Mapping[str, torch.Tensor]) -> Cotangents:
+        """(B, size) by key -> one cotangent of everything."""
+        samples, n = self.binding.samples, self.program.variables.size
+        equalities = self.program.equality.size
+        v = Cotangents(
+            *(torch.zeros(samples, k, dtype=torch.float64) for k in (n, self.program.constraints, n, n)),
+            torch.zeros(samples, dtype=torch.float64),
+        )
+        targets = {
+            "": v.z,
+            "equality": v.y[:, :equalities],
+            "inequality": v.y[:, equalities:],
+            "lower": v.lower,
+            "upper": v.upper,
+        }
+        for key, value in flat.items():
+            if key == "objective":
+                v.objective.copy_(value.reshape(samples))
+                continue
+            kind, _, name = key.rpartition(".")
+            block = self._layouts[kind].by_name[name]
+            targets[kind][:, block.start : block.stop] = value
+        return v
+
+
+@dataclass
+class _Found:
+    """A given point, examined: what ``Search`` is to ``solve``."""
+
+    program: Program
+    policy: Policy
+    dtype: torch.dtype
+    point: Array  # (B, n)
+    dual: DualSolution | None
+    verified: Any = None
+    distance: Any = None
+
+    def examine(self, blocks: tuple[Array, ...]) -> Verified:
+        """Verify and polish the point for these parameters."""
+        program = self.program
+        check_finite(program, blocks)
+        samples = max((len(b) for b in blocks if b.ndim == 2), default=len(self.point))
+        z = np.tile(self.point, (samples // max(len(self.point), 1), 1))
+        lower, upper = (np.broadcast_to(s, z.shape).copy() for s in program.bounds(blocks))
+        bound = Bound(blocks, lower, upper)
+        if self.dual is None:
+            start = least_squares_multipliers(program, bound, z, _NEARLY_ACTIVE)
+        else:
+            start = _with_dual(program, z, self.dual)
+        verified = verify(program, bound, start, self.policy, self.dtype, minimum=False)
+        moved = np.abs(verified.evaluation.point.z - z).max(axis=1, initial=0.0)
+        far = moved > _DISTANCE * self.policy.accuracy * np.maximum(1.0, np.abs(z).max(axis=1, initial=0.0))
+        status, reasons = list(verified.status), list(verified.reasons)
+        for i in np.flatnonzero(far & verified.optimal):
+            status[i] = Status.NOT_A_KKT_POINT
+            reasons[i] = f"the nearest KKT point is {moved[i]:.1e} away"
+        self.verified = Verified(
+            verified.evaluation, verified.active, verified.singular, verified.condition, tuple(status), tuple(reasons)
+        )
+        self.distance = moved
+        return self.verified
+
+    @property
+    def status(self) -> tuple[Status, ...]:
+        return tuple(self.verified.status)
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        return tuple(self.verified.reasons)
+
+    def outputs(self, blocks: tuple[Array, ...], operation: Operation) -> Outputs:
+        verified = self.examine(blocks)
+        return outputs_of(operation, verified, verified.optimal, self.policy.on_failure)
+
+
+def _given(
+    problem: Problem, parameters: Mapping[str, Any] | None, primal: Any
+) -> tuple[Program, Binding, Array]:
+    program = compile_program(problem)
+    if primal is None:
+        raise ProblemError("primal is missing", expected="a point by variable")
+    tensors, batch = initial_batch(program.variables, primal, "primal")
+    missing = [name for name in problem.variables if name not in tensors]
+    if missing:
+        raise ProblemError(f"primal has no variable {missing[0]!r}", expected=", ".join(problem.variables))
+    binding = bind(program, parameters, program.graph.read_captures(None), batch)
+    return program, binding, flat_point(program.variables, tensors, binding.batch)
+
+
+def _with_dual(program: Program, z: Array, dual: DualSolution) -> PrimalDual:
+    def flat(layout: Layout, tensors: Mapping[str, torch.Tensor]) -> Array:
+        if not layout.size:
+            return np.zeros((len(z), 0))
+        joined = layout.join({k: v.detach().to("cpu", torch.float64) for k, v in tensors.items()})
+        array: Array = joined.reshape(-1, layout.size).expand(len(z), layout.size).numpy().copy()
+        return array
+
+    y = np.concatenate([flat(program.equality, dual.equality), flat(program.inequality, dual.inequality)], axis=1)
+    return PrimalDual(z, y, flat(program.variables, dual.lower), flat(program.variables, dual.upper))
+
+
+def _report(found: _Found, policy: Policy) -> None:
+    wrong = [(i, r) for i, (s, r) in enumerate(zip(found.status, found.reasons, strict=True)) if s is not Status.OPTIMAL]
+    if not wrong or policy.on_failure in ("nan", "mask"):
+        return
+    samples = ", ".join(f"sample {i}: {reason}" for i, reason in wrong[:5])
+    message = f"the given point is not a KKT point to accuracy {policy.accuracy:.0e}: {samples}"
+    if policy.on_failure == "raise":
+        raise SensitivityError(message)
+    warnings.warn(message, ConvergenceWarning, stacklevel=3)
+
+
+def _only(what: str, names: Mapping[str, Any]) -> str:
+    if len(names) != 1:
+        raise ProblemError(f"several {what}s: name one", expected=", ".join(names))
+    return next(iter(names))
