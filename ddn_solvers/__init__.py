@@ -17,6 +17,7 @@ from ddn_solvers.errors import (
     SolveError,
     TraceError,
 )
+from ddn_solvers.explain import Compiled, compile
 from ddn_solvers.forms import least_squares, linear_program, quadratic_program
 from ddn_solvers.layer import DeclarativeLayer
 from ddn_solvers.policy import Policy
@@ -31,6 +32,7 @@ __all__ = [
     "BackendCannotSolve",
     "BackendNotFound",
     "BackendNotInstalled",
+    "Compiled",
     "ConvergenceWarning",
     "DDNError",
     "DDNWarning",
@@ -48,6 +50,7 @@ __all__ = [
     "TraceError",
     "attach",
     "backends",
+    "compile",
     "least_squares",
     "linear_program",
     "quadratic_program",

@@ -160,9 +160,12 @@ class Program:
             return ProblemClass.LP
         if affine and objective == 2:
             return ProblemClass.QP
-        if self.graph.module is not None and _is_sum_of_squares(self.graph.module, len(self.variables)):
-            return ProblemClass.LEAST_SQUARES
-        return ProblemClass.NLP
+        return ProblemClass.LEAST_SQUARES if self.sum_of_squares else ProblemClass.NLP
+
+    @cached_property
+    def sum_of_squares(self) -> bool:
+        """Whether the graph shows the objective to be a nonnegative combination of squares."""
+        return self.graph.module is not None and _is_sum_of_squares(self.graph.module, len(self.variables))
 
     @cached_property
     def may_be_nonconvex(self) -> bool:

@@ -33,7 +33,6 @@ from ddn_solvers.problem import Problem
 from ddn_solvers.validation import argument_names, callable_name
 
 _TORCH_FOLDER = os.path.dirname(torch.__file__)
-_HERE = os.path.dirname(__file__)
 
 
 class Untraceable(Exception):
@@ -268,7 +267,7 @@ def user_line() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         filename = frame.f_code.co_filename
-        if not filename.startswith((_TORCH_FOLDER, _HERE, "<frozen")) and "contextlib" not in filename:
+        if not filename.startswith((_TORCH_FOLDER, __file__, "<")) and "contextlib" not in filename:
             return _quote(filename, frame.f_lineno)
         frame = frame.f_back  # type: ignore[assignment]
     return ""
@@ -426,7 +425,7 @@ def _line_of(error: BaseException) -> str:
     line, trace_ = "", error.__traceback__
     while trace_ is not None:
         filename = trace_.tb_frame.f_code.co_filename
-        if not filename.startswith((_TORCH_FOLDER, _HERE, "<")):
+        if not filename.startswith((_TORCH_FOLDER, __file__, "<")):
             line = _quote(filename, trace_.tb_lineno)
         trace_ = trace_.tb_next
     return line

@@ -25,14 +25,15 @@ from ddn_solvers.lowering.casadi_tensor import Call, concatenate, lowers
 LARGEST = 12
 SWEEPS = 14  # random matrices need 7; ill-conditioned ones, of the kind that singular values meet, 12
 REFINEMENTS = 2
-TIE = 1e-12  # values closer than this, relative to the largest, count as equal
+TIE = 1e-11  # values closer than this, relative to the largest, count as equal
+NEGLIGIBLE = 1e-13  # singular values smaller than this, relative to the largest, determine no left vector
 
 
 @lowers("_linalg_eigh")
 def eigh(call: Call, a: Any, uplo: str = "L", compute_v: bool = True) -> tuple[Any, Any]:
     _require_small(call, a)
     pairs = [_eigen((m + m.T) / 2) for m in matrices(a)]
-    call.kink(concatenate([w[1:] - w[:-1] for w, _ in pairs]))
+    call.kink(concatenate([ca.diff(w) for w, _ in pairs]))
     return concatenate([w for w, _ in pairs]), stacked([x for _, x in pairs])
 
 
@@ -49,7 +50,7 @@ def svd(
         triples = [(v, s, u) for u, s, v in (_singular(m.T) for m in matrices(a))]
     left, right = (rows, columns) if full_matrices else (count, count)
     values = [s[:count] for _, s, _ in triples]
-    call.kink(concatenate([ca.vertcat(s[:-1] - s[1:], s[-1]) for s in values]))
+    call.kink(concatenate([ca.diff(ca.vertcat(s, 0)) for s in values]))
     return (
         stacked([u[:, :left] for u, _, _ in triples]),
         concatenate(values),
@@ -75,7 +76,7 @@ def _eigen(a: Any) -> tuple[Any, Any]:
     for _ in range(REFINEMENTS):
         # X + X F, where F + F^T = R = I - X^T X and X^T A X = W - F^T W - W F to first order
         w, product, r, _ = _quotients(a, x, x)
-        across = _rows(w)
+        across, product = _rows(w), (product + product.T) / 2  # F is skew to the last bit if R = 0
         x += ca.mtimes(x, _divided(product + r * across, across - across.T, r / 2, w))
     return _quotients(a, x, x)[0], x
 
@@ -165,7 +166,7 @@ def _orthonormal(matrix: Any) -> Any:
     columns = ca.horzsplit(given)
     lengths = [ca.norm_2(column) for column in columns]
     longest = functools.reduce(ca.fmax, lengths)
-    absent = [length <= TIE * longest for length in lengths]
+    absent = [length <= NEGLIGIBLE * longest for length in lengths]
     basis = [(1 - gone) * c / (length + gone) for c, length, gone in zip(columns, lengths, absent, strict=True)]
     rest = ca.SX.eye(size) - ca.mtimes(ca.horzcat(*basis), ca.horzcat(*basis).T)
     for i, gone in enumerate(absent):
