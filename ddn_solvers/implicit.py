@@ -16,13 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ddn_solvers.active_set import ActiveSet, Mask
+from ddn_solvers.active_set import Mask
 from ddn_solvers.errors import DegeneracyWarning, SensitivityError
 from ddn_solvers.kkt.derivative import Cotangents, Linearisation, Multipliers, TorchLinearisation
 from ddn_solvers.kkt.verify import Verified
 from ddn_solvers.policy import Policy
 from ddn_solvers.program import Program
-from ddn_solvers.residuals import Bound, Evaluation, PrimalDual
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -54,6 +53,7 @@ class Operation:
         program: The compiled problem.
         policy: For degenerate derivatives.
         find: Parameter blocks, (B, size) or shared (size,), to outputs.
+        verified: Set by ``find``: what was established about the points it returned.
         degenerate: Set by ``find``: some sample is singular.
         one_sided: Set by ``find``: some sample has weakly active constraints.
     """
@@ -61,13 +61,27 @@ class Operation:
     program: Program
     policy: Policy
     find: Callable[[tuple[Array, ...]], Outputs]
+    verified: Verified | None = None
     degenerate: bool = False
     one_sided: bool = False
+    _linearisation: Linearisation | None = None
 
     def note(self, verified: Verified, converged: Mask) -> None:
         """Remember what the policy will want to know about the derivative."""
+        self.verified, self._linearisation = verified, None
         self.degenerate = bool((verified.singular & converged).any())
         self.one_sided = bool((verified.active.weak.any(axis=1) & converged).any())
+
+
+    def linearisation(self, good: Array) -> Linearisation:
+        """The KKT systems of the samples ``good`` of the batch that ``find`` returned, factored once."""
+        assert self.verified is not None
+        if self._linearisation is None:
+            verified = self.verified
+            self._linearisation = Linearisation(
+                verified.evaluation.take(good), verified.active.take(good), verified.singular[good], self.policy
+            )
+        return self._linearisation
 
 
 def check_derivative(policy: Policy, degenerate: bool, one_sided: bool) -> None:
@@ -145,7 +159,7 @@ class _Implicit(torch.autograd.Function):
                 for c, output in zip(cotangents[:_DIFFERENTIABLE], outputs, strict=False)
             )
         )
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or any(map(_is_transformed, (*blocks, *vars(v).values()))):
             gradients = _differentiable_vjp(operation, blocks, outputs, v)
         else:
             gradients = _compiled_vjp(operation, blocks, outputs, v)
@@ -173,6 +187,11 @@ class _Implicit(torch.autograd.Function):
         return tuple(o.reshape(size, batch, *o.shape[1:]) for o in outputs), (0,) * len(outputs)
 
 
+def _is_transformed(tensor: torch.Tensor) -> bool:
+    """Whether a torch.func transform (or ``is_grads_batched``) wraps the tensor, so that it has no array."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
 def _flatten(block: torch.Tensor, mapped: bool, size: int, inner: int | None) -> torch.Tensor:
     """One batch dimension out of the mapped one and the operation's own (``inner``)."""
     batched = block.dim() - mapped == 2
@@ -196,25 +215,13 @@ def _compiled_vjp(
     """On the samples that have a derivative; masked ones get zero, failed ones NaN."""
     scale = outputs.gradient_scale.numpy()
     good = np.flatnonzero(scale == 1)
-    every = len(good) == len(scale)
-    pick: Any = slice(None) if every else good
-    point = PrimalDual(*(o.numpy()[pick] for o in outputs[:4]))
-    parameters = tuple(b.numpy() for b in blocks)
-    bound = Bound(parameters, *operation.program.bounds(parameters))
-    if len(bound.lower) != len(scale):  # every block is shared
-        bound = Bound(parameters, *(np.broadcast_to(side, (len(scale), side.shape[1])) for side in (bound.lower, bound.upper)))
-    evaluation = Evaluation.at(operation.program, bound.take(pick), point)
-    n = point.z.shape[1]
-    sides, weak = outputs.sides.numpy()[pick], outputs.weak.numpy()[pick]
-    active = ActiveSet(sides, weak, np.zeros(len(sides)), operation.program.equality.size, n)
-    linearisation = Linearisation(evaluation, active, outputs.singular.numpy()[pick], operation.policy)
-    picked = Cotangents(*(getattr(v, name)[pick] for name in ("z", "y", "lower", "upper", "objective")))
-    gradients = linearisation.vjp(picked)
+    linearisation = operation.linearisation(good)
+    if len(good) == len(scale):
+        return [torch.from_numpy(gradient) for gradient in linearisation.vjp(v)]
+    picked = Cotangents(*(getattr(v, name)[good] for name in ("z", "y", "lower", "upper", "objective")))
     results = []
-    for gradient, block in zip(gradients, blocks, strict=True):
-        if every:
-            results.append(torch.from_numpy(gradient))
-        elif block.dim() == 1:
+    for gradient, block in zip(linearisation.vjp(picked), blocks, strict=True):
+        if block.dim() == 1:
             failed = 0.0 if np.isfinite(scale).all() else np.nan
             results.append(torch.from_numpy(gradient + failed))
         else:

@@ -62,6 +62,13 @@ class Evaluation:
     def at(program: Program, bound: Bound, point: PrimalDual) -> Evaluation:
         return Evaluation(program, bound, point, program.first_order(point.z, bound.parameters))
 
+    def take(self, samples: Any) -> Evaluation:
+        """The evaluation of some samples, by index; of all of them, itself with what it has computed."""
+        if len(samples) == len(self.point.z):
+            return self
+        first = FirstOrder(**{name: value[samples] for name, value in vars(self.first).items()})
+        return Evaluation(self.program, self.bound.take(samples), self.point.take(samples), first)
+
     @cached_property
     def jacobian(self) -> Array:
         """(B, m, n)"""

@@ -214,6 +214,8 @@ CASES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "grad": lambda x, u: torch.func.grad(lambda q: (q**3).sum() * u[0])(x),
     "jacrev": lambda x, u: torch.func.jacrev(lambda q: W @ torch.tanh(q))(x).sum(1),
     "matrix_exp": lambda x, u: torch.matrix_exp(torch.outer(x, x) * 0.1).sum(),
+    "eigvalsh": lambda x, u: torch.linalg.eigvalsh(diagonally_dominant(x)) @ A[0],
+    "svdvals": lambda x, u: torch.linalg.svdvals(torch.outer(x, x) + A) @ A[0],
 }
 MORE_CASES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "attention": lambda x, u: ATTENTION(*[torch.outer(u, x)[None]] * 3)[0].square().sum(),
@@ -229,6 +231,7 @@ MORE_CASES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "clamp_tensor": lambda x, u: torch.clamp(x[:3], -u, u),
     "column_plus_scalar": lambda x, u: torch.outer(x, u).sum(0) + torch.outer(x, u).sum(),
     "conv2d": lambda x, u: F.conv2d(x.reshape(1, 1, 2, 2), u.reshape(3, 1, 1, 1), B, padding=1).square(),
+    "cond": lambda x, u: torch.linalg.cond(torch.outer(x, x) + A),
     "conv_groups": lambda x, u: F.conv1d(
         x.reshape(1, 2, 2).expand(2, 2, 2), u[:2].reshape(2, 1, 1), groups=2, stride=2
     ),
@@ -264,6 +267,8 @@ MORE_CASES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "mish": lambda x, u: F.mish(x) + torch.special.expit(x),
     "norm_half": lambda x, u: torch.linalg.vector_norm(torch.outer(x, u), ord=0.5, dim=0),
     "norm_matrix": lambda x, u: torch.linalg.matrix_norm(torch.outer(x, u), ord=1),
+    "norm_nuclear": lambda x, u: torch.linalg.matrix_norm(torch.outer(x, u) + W.T, ord="nuc"),
+    "norm_spectral": lambda x, u: torch.linalg.norm(torch.outer(x, u) + W.T, ord=2),
     "norm_minus_inf": lambda x, u: torch.linalg.vector_norm(x, ord=-math.inf),
     "pad": lambda x, u: F.pad(x, (1, 2)) ** 2 + F.pad(x, (2, 1), value=3.0),
     "pad_reflect": lambda x, u: F.pad(x[None, None], (1, 2), mode="reflect") ** 2,
@@ -314,8 +319,8 @@ REFUSED: dict[str, tuple[str, Callable[[torch.Tensor, torch.Tensor], torch.Tenso
     "mask_of_values": ("index", lambda x, u: x[x > 0].sum()),
     "random": ("rand", lambda x, u: (x * torch.rand(4)).sum()),
     "random_dropout": ("dropout", lambda x, u: F.dropout(x, 0.5)),
-    "svdvals": ("linalg_svdvals", lambda x, u: torch.linalg.svdvals(torch.outer(x, x) + A).sum()),
-    "eigvalsh": ("linalg_eigvalsh", lambda x, u: torch.linalg.eigvalsh(definite(x)).sum()),
+    "large_svdvals": ("linalg_svdvals", lambda x, u: torch.linalg.svdvals(x.repeat(13, 1))),
+    "large_eigh": ("linalg_eigh", lambda x, u: torch.linalg.eigh(torch.eye(13) * x[0]).eigenvectors),
     "argmax": ("argmax", lambda x, u: x.argmax() * x),
     "index_of_max": ("max", lambda x, u: u[torch.stack([x[:3], u]).max(0).indices]),
     "lgamma": ("lgamma", lambda x, u: torch.lgamma(x).sum()),
@@ -379,6 +384,95 @@ def test_refusal_names_the_line() -> None:
 )
 def test_variables_of_any_rank(function: Callable[..., Any], shape: tuple[int, ...]) -> None:
     assert_matches(function, 0.5 * randn(math.prod(shape)).reshape(shape))
+
+
+COEFFICIENTS = randn(12, 12)
+
+
+def eigenvalues(v: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.eigvalsh(v + v.mT) @ COEFFICIENTS[0, : v.shape[-1]]
+
+
+def eigenvectors(v: torch.Tensor) -> torch.Tensor:
+    """Projection on the lowest two, which leaves their signs open."""
+    x = torch.linalg.eigh(v + v.mT).eigenvectors[:, :2]
+    return (x @ x.T * COEFFICIENTS[: len(v), : len(v)]).sum()
+
+
+def singular_values(v: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.svdvals(v) @ COEFFICIENTS[0, : min(v.shape[-2:])]
+
+
+def singular_vectors(v: torch.Tensor) -> torch.Tensor:
+    u, _, vh = torch.linalg.svd(v, full_matrices=False)
+    return (u[:, :2] @ vh[:2] * COEFFICIENTS[: v.shape[0], : v.shape[1]]).sum()
+
+
+@pytest.mark.parametrize(
+    ("function", "shape"),
+    [
+        *itertools.product(
+            [eigenvalues, eigenvectors, singular_values, singular_vectors], [(2, 2), (8, 8), (12, 12)]
+        ),
+        (eigenvalues, (1, 1)),
+        (eigenvalues, (2, 1, 3, 3)),
+        (singular_values, (1, 1)),
+        (singular_values, (2, 3, 4)),
+        (singular_values, (5, 2)),
+        (singular_vectors, (5, 2)),
+        (singular_vectors, (2, 5)),
+    ],
+)
+def test_spectra(function: Callable[..., Any], shape: tuple[int, ...]) -> None:
+    assert_matches(function, randn(*shape))
+
+
+def test_third_derivatives_of_spectra() -> None:
+    x, direction = randn(4, 4), randn(4, 4)
+    for function in (eigenvalues, eigenvectors, singular_values, singular_vectors):
+        result, (symbol,) = lowered(function, x)
+        (actual,) = result.outputs
+
+        def along(t: torch.Tensor, function: Any = function) -> torch.Tensor:
+            return function(x + t * direction)
+
+        expected = along
+        for _ in range(3):
+            actual = ca.jtimes(actual, symbol, ca.DM(direction.reshape(-1).numpy()))
+            expected = torch.func.grad(expected)
+        (third,) = evaluate([actual], [symbol], x)
+        zero = torch.zeros((), dtype=torch.float64)
+        assert third.item() == pytest.approx(expected(zero).item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("point", [torch.zeros(3, 3), torch.eye(3), torch.ones(3, 3), torch.ones(3, 2)])
+def test_spectra_where_values_coincide(point: torch.Tensor) -> None:
+    x = point.double()
+    for function in (torch.linalg.svdvals, lambda v: torch.linalg.eigvalsh(v @ v.T)):
+        value, slope, curvature = derivatives(function, x)
+        np.testing.assert_allclose(value[:, 0], function(x).numpy(), atol=1e-14)
+        assert np.isfinite(slope).all()
+        assert np.isfinite(curvature).all()
+    u, s, vh = torch.linalg.svd(x)
+    for full, part in ((True, (u, s, vh)), (False, (u[:, : len(s)], s, vh[: len(s)]))):
+        result, symbols = lowered(lambda v, full=full: torch.linalg.svd(v, full_matrices=full), x)
+        outputs = evaluate(list(result.outputs), symbols, x)
+        left, values, right = (a.reshape(b.shape) for a, b in zip(outputs, part, strict=True))
+        rank = len(s)
+        np.testing.assert_allclose(left[:, :rank] * values @ right[:rank], x.numpy(), atol=1e-14)
+        np.testing.assert_allclose(left.T @ left, np.eye(left.shape[1]), atol=1e-14)
+        np.testing.assert_allclose(right @ right.T, np.eye(len(right)), atol=1e-14)
+
+
+def test_nuclear_norm_is_smooth_where_singular_values_coincide() -> None:
+    def norm(v: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.matrix_norm(v, ord="nuc")
+
+    eye = torch.eye(3, dtype=torch.float64)
+    _, slope, curvature = derivatives(norm, eye)
+    expected = reference(norm, eye + torch.diag(torch.arange(3.0)) * 1e-6)
+    np.testing.assert_allclose(slope, expected[1], atol=1e-5)
+    np.testing.assert_allclose(curvature, expected[2], atol=1e-5)
 
 
 def test_several_outputs_constants_and_chosen_nodes() -> None:
@@ -481,6 +575,8 @@ KINKS = {
     "where": (lambda x: torch.where(x > 1, x, 2 * x - 1), [3.0], "gt", [2.0]),
     "sort": (lambda x: x.sort().values, [3.0, -5.0, 1.0], "sort", [6.0, 2.0]),
     "topk": (lambda x: x.topk(1).values, [3.0, -5.0, 1.0], "topk", [2.0]),
+    "eigvalsh": (lambda x: torch.linalg.eigvalsh(torch.diag(x)), [3.0, -5.0, 1.0], "linalg_eigvalsh", [6.0, 2.0]),
+    "svdvals": (lambda x: torch.linalg.svdvals(torch.diag(x)), [3.0, -5.0], "linalg_svdvals", [2.0, 3.0]),
     "l1_loss": (lambda x: F.l1_loss(x, torch.zeros_like(x)), [3.0, -5.0], "l1_loss", [3.0, -5.0]),
     "hinge": (
         lambda x: F.margin_ranking_loss(x[0], x[1], ONES4[0]),

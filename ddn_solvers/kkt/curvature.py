@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from ddn_solvers.active_set import ActiveSet
 from ddn_solvers.residuals import Evaluation
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 _CLEARLY = 1e-7  # relative to the largest entry of H: below it, an eigenvalue may be rounding
+_RHO = 1e3  # weight of the active rows, relative to H
 _RANK = 1e-10  # relative singular value below which rows count as dependent
 
 
@@ -60,6 +62,22 @@ def curvature(evaluation: Evaluation, active: ActiveSet) -> Curvature:
     rank = counted.sum(axis=1)
     count = active.constraints.sum(axis=1) + active.fixed.sum(axis=1)
     return Curvature(rank, count, np.where(rank == n, np.inf, smallest))
+
+
+def surely_minimal(evaluation: Evaluation, active: ActiveSet) -> bool:
+    """Whether H + rho A^T A is positive definite for every sample, which proves a positive reduced Hessian.
+
+    One Cholesky factorization; where it fails nothing is proved (rho is finite), and ``curvature`` decides.
+    """
+    if not np.isfinite(evaluation.hessian).all() or not np.isfinite(evaluation.jacobian).all():
+        return False
+    rows = np.where(active.constraints[:, :, None], _normalised(evaluation), 0.0)
+    norm = np.abs(evaluation.hessian).max(axis=(1, 2), initial=0.0)[:, None, None]
+    matrix = evaluation.hessian + _RHO * norm * (rows.transpose(0, 2, 1) @ rows)
+    diagonal = np.arange(active.n)
+    matrix[:, diagonal, diagonal] += np.where(active.fixed, _RHO * norm[:, :, 0], 0.0)
+    _, info = torch.linalg.cholesky_ex(torch.from_numpy(matrix))
+    return not bool(info.any())
 
 
 def _normalised(evaluation: Evaluation) -> Array:

@@ -83,16 +83,16 @@ class Custom(LinearSolver):
         return self._solve(state, rhs)
 
 
-def equilibrate(matrix: torch.Tensor) -> torch.Tensor:
-    """Symmetric scaling d with all rows of diag(d) K diag(d) near one in maximum norm (Ruiz 2001), (B, N).
+def equilibrate(matrix: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+    """Symmetric scaling d that brings the rows of diag(d) K diag(d) towards norm one (Ruiz 2001), (B, N).
 
-    It makes every later decision independent of the units of objective and constraints.
+    Together with a ``start`` that takes out the units of objective and constraints, it makes every later
+    decision independent of them.
     """
-    scale = torch.ones_like(matrix[..., 0])
-    magnitude = matrix.detach().abs()
-    for _ in range(3):
-        rows = (magnitude * scale.unsqueeze(-2)).amax(-1) * scale
-        scale = torch.where(rows > 0, scale / rows.sqrt(), scale)
+    scale, magnitude = start, matrix.detach().abs()
+    for _ in range(2):
+        rows = (magnitude @ scale.unsqueeze(-1)).squeeze(-1) * scale
+        scale = torch.where(rows > 0, scale * rows.rsqrt(), scale)
     return scale
 
 

@@ -21,7 +21,7 @@ from ddn_solvers.residuals import Bound, Evaluation, PrimalDual
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 _MAX_STEPS = 8
-_CONVERGED = 1e-13  # relative step below which another one would be rounding
+_CONVERGED = 1e-7  # relative step after which, the convergence being quadratic, another is rounding
 _SIGN = 1e-11  # scaled slack or multiplier that counts as negative
 
 
@@ -31,7 +31,8 @@ class Polished:
 
     Attributes:
         evaluation: Derivatives and residuals at the polished points.
-        predicted: Relative size of the Newton step that would follow, |dz| / max(1, |z|), (B,).
+        predicted: Relative size of the last Newton step, |dz| / max(1, |z|), (B,): taken or not, the
+            solution is no farther than that.
         singular: Where the KKT matrix is singular, (B,).
         condition: Its condition estimate, (B,).
     """
@@ -65,7 +66,7 @@ def polish(program: Program, bound: Bound, start: PrimalDual, linear_solver: Any
         samples = np.flatnonzero(open_)
         if not samples.size:
             break
-        here, active = _take(best, samples), working.take(samples)
+        here, active = best.take(samples), working.take(samples)
         system = kkt_system(here, active, linear_solver=linear_solver)
         tried, predicted[samples] = _newton_step(here, active, system)
         singular[samples], condition[samples] = system.singular.numpy(), system.condition.numpy()
@@ -114,16 +115,6 @@ def _corrected(active: ActiveSet, tried: Evaluation) -> ActiveSet:
     fixed = fixed_by_bounds(tried)
     sides[:, -2 * n :] = np.where(np.tile(fixed, 2), active.sides[:, -2 * n :], sides[:, -2 * n :])
     return replace(active, sides=sides)
-
-
-def _take(evaluation: Evaluation, samples: Array) -> Evaluation:
-    if len(samples) == len(evaluation.point.z):
-        return evaluation
-    first = replace(
-        evaluation.first,
-        **{name: value[samples] for name, value in vars(evaluation.first).items()},
-    )
-    return Evaluation(evaluation.program, evaluation.bound.take(samples), evaluation.point.take(samples), first)
 
 
 def _put_evaluation(whole: Evaluation, samples: Array, part: Evaluation, accept: Mask) -> Evaluation:

@@ -72,7 +72,9 @@ class System:
     ) -> None:
         self.hessian, self.jacobian, self.active, self.fixed = hessian, jacobian, active, fixed
         matrix = _bordered(hessian, jacobian, active, fixed)
-        self._scale = equilibrate(matrix)
+        # One unit for all variables, H and the rows of A each brought to norm one.
+        self._units = _units(hessian, matrix)
+        self._scale = equilibrate(matrix, self._units)
         scaled = matrix * self._scale.unsqueeze(-1) * self._scale.unsqueeze(-2)
         dense = DenseLU() if singular is None else DenseSolve()
         self._solver: LinearSolver = Custom(linear_solver) if callable(linear_solver) else dense
@@ -95,10 +97,9 @@ class System:
             delta = torch.zeros_like(matrix[..., 0])
             delta[..., :n] = proximal
             matrix = matrix + torch.diag_embed(delta)
-        # The minimum norm is meant in the user's own units: one unit for all variables, H and the rows of
-        # A each brought to norm one. (Equilibration would weigh the variables against each other.)
-        self._fallback, self._fallback_scale = LeastSquares(), _uniform_scale(self.hessian, matrix)
-        scale = self._fallback_scale
+        # The minimum norm is meant in the user's own units: equilibration would weigh the variables.
+        scale = self._units
+        self._fallback = LeastSquares()
         self._fallback_state = self._fallback.init(
             torch.where(pick, matrix * scale.unsqueeze(-1) * scale.unsqueeze(-2), identity)
         )
@@ -115,8 +116,7 @@ class System:
         rhs = torch.cat([torch.where(self.fixed, 0.0, moved_a), torch.where(self.active, moved_b, 0.0)], dim=-1)
         solution = self._scale * self._solver.compute(self._state, self._scale * rhs)
         if self._repair:
-            scale = self._fallback_scale
-            least = scale * self._fallback.compute(self._fallback_state, scale * rhs)
+            least = self._units * self._fallback.compute(self._fallback_state, self._units * rhs)
             solution = torch.where(self.singular.unsqueeze(-1), least, solution)
         n = a.shape[-1]
         x, t = torch.where(self.fixed, v, solution[..., :n]), solution[..., n:]
@@ -137,7 +137,7 @@ def _bordered(
     return torch.cat([top, bottom], dim=-2)
 
 
-def _uniform_scale(hessian: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+def _units(hessian: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     n = hessian.shape[-1]
     curvature = hessian.detach().abs().flatten(-2).amax(-1, keepdim=True)
     unit = torch.where(curvature > 0, curvature, 1.0).rsqrt()  # (B, 1)

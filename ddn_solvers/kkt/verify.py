@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ddn_solvers.active_set import ActiveSet, Mask, identify
-from ddn_solvers.kkt.curvature import curvature
+from ddn_solvers.kkt.curvature import curvature, surely_minimal
 from ddn_solvers.kkt.polish import polish
 from ddn_solvers.policy import Policy
 from ddn_solvers.program import Kink, Program
@@ -70,7 +70,7 @@ def verify(
         active = identify(evaluation, np.where(np.isfinite(tolerance), tolerance, 0.0))
         kinks = _kinks(evaluation)
         bent = np.zeros(len(start.z), dtype=bool)
-        if minimum and program.may_be_nonconvex:
+        if minimum and program.may_be_nonconvex and not surely_minimal(evaluation, active):
             bent = curvature(evaluation, active).negative
     status, reasons = [], []
     for i in range(len(start.z)):

@@ -1,0 +1,38 @@
+"""Run in a clean environment where only the wheel is installed: import it and solve with every backend."""
+
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+
+import ddn_solvers as ddn
+
+BUILT_IN = {"casadi", "cvxpy", "scipy"}
+
+
+def main() -> None:
+    prefix = Path(sys.prefix).resolve()
+    for package in ("ddn_solvers", "ddn_adapters"):
+        folder = Path(str(files(package))).resolve()
+        assert folder.is_relative_to(prefix), f"{package} comes from {folder}, not from the wheel"
+        assert (folder / "py.typed").is_file(), f"{package} ships no py.typed"
+    assert set(ddn.backends()) == BUILT_IN, ddn.backends()
+
+    problem = ddn.Problem(
+        variables={"u": (2,)},
+        parameters={"x": (2,)},
+        objective=lambda u, x: 0.5 * (u - x).square().sum(),
+        equality=lambda u: u.sum() - 1,
+    )
+    expected = torch.tensor([0.75, 0.25], dtype=torch.float64)  # x moved along (1, 1) onto the line
+    for backend in ddn.backends():
+        x = torch.tensor([0.5, 0.0], dtype=torch.float64, requires_grad=True)
+        y = ddn.solve(problem, {"x": x}, solver=backend)["u"]
+        torch.testing.assert_close(y.detach(), expected, rtol=0, atol=1e-9)
+        (gradient,) = torch.autograd.grad(y[0], x)
+        torch.testing.assert_close(gradient, torch.tensor([0.5, -0.5], dtype=torch.float64), rtol=0, atol=1e-9)
+    print(f"wheel: {', '.join(ddn.backends())} solve from {prefix.name}")
+
+
+main()
