@@ -31,7 +31,9 @@ def main() -> None:
         y = ddn.solve(problem, {"x": x}, solver=backend)["u"]
         torch.testing.assert_close(y.detach(), expected, rtol=0, atol=1e-9)
         (gradient,) = torch.autograd.grad(y[0], x)
-        torch.testing.assert_close(gradient, torch.tensor([0.5, -0.5], dtype=torch.float64), rtol=0, atol=1e-9)
+        torch.testing.assert_close(
+            gradient, torch.tensor([0.5, -0.5], dtype=torch.float64), rtol=0, atol=1e-9
+        )
     print(f"wheel: {', '.join(ddn.backends())} solve from {prefix.name}")
 
 

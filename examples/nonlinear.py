@@ -17,7 +17,7 @@ import torch
 import ddn_solvers as ddn
 
 SIZE = 20
-STEP = 1e-5  # of the central differences: error O(STEP^2) + O(rounding / STEP)
+STEP = 1e-6  # of the central differences: error O(STEP^2) + O(rounding / STEP)
 
 
 def objective(u: torch.Tensor, a: torch.Tensor) -> torch.Tensor:

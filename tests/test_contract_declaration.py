@@ -429,7 +429,7 @@ def test_every_kind_of_function(objective):
 
 
 def test_from_dict_solve_and_layer_take_the_same_fields():
-    fields = {**BASE, "equality": {"plane": plane}, "bounds": {"u": (-1, "x")}}
+    fields = {**BASE, "equality": {"plane": plane}, "bounds": {"u": (-5, "x")}}
     expected = ddn.solve(ddn.Problem(**fields), {"x": X})["u"]
     assert torch.equal(ddn.solve(ddn.Problem.from_dict(fields), {"x": X})["u"], expected)
     assert torch.equal(ddn.solve(fields, {"x": X})["u"], expected)

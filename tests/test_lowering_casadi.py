@@ -11,7 +11,7 @@ import casadi as ca
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812  # as everybody writes it
+import torch.nn.functional as F
 from torch import fx, nn
 from torch.autograd.functional import hessian, jacobian
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -575,7 +575,12 @@ KINKS = {
     "where": (lambda x: torch.where(x > 1, x, 2 * x - 1), [3.0], "gt", [2.0]),
     "sort": (lambda x: x.sort().values, [3.0, -5.0, 1.0], "sort", [6.0, 2.0]),
     "topk": (lambda x: x.topk(1).values, [3.0, -5.0, 1.0], "topk", [2.0]),
-    "eigvalsh": (lambda x: torch.linalg.eigvalsh(torch.diag(x)), [3.0, -5.0, 1.0], "linalg_eigvalsh", [6.0, 2.0]),
+    "eigvalsh": (
+        lambda x: torch.linalg.eigvalsh(torch.diag(x)),
+        [3.0, -5.0, 1.0],
+        "linalg_eigvalsh",
+        [6.0, 2.0],
+    ),
     "svdvals": (lambda x: torch.linalg.svdvals(torch.diag(x)), [3.0, -5.0], "linalg_svdvals", [2.0, 3.0]),
     "l1_loss": (lambda x: F.l1_loss(x, torch.zeros_like(x)), [3.0, -5.0], "l1_loss", [3.0, -5.0]),
     "hinge": (

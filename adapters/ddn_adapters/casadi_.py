@@ -298,8 +298,8 @@ class _Conic:
         _, q, c, nonzeros = functions.first_order(zero, *parameters)
         a = _matrix(program.jacobian_pattern, nonzeros)
         h = _matrix(program.hessian_pattern, functions.hessian(zero, *parameters, ca.DM.zeros(rows), 1.0))
-        low = ca.vertcat(-c[:m], -ca.inf * ca.DM.ones(rows - m))
-        data = {"h": h, "g": q, "a": a, "lba": low, "uba": -c, "lbx": lower, "ubx": upper}
+        one_sided = ca.DM([0.0] * m + [np.inf] * (rows - m))
+        data = {"h": h, "g": q, "a": a, "lba": -c - one_sided, "uba": -c, "lbx": lower, "ubx": upper}
         data |= {"x0": x0, "lam_x0": lam_x0, "lam_a0": lam_a0}
         self._solver = ca.conic("solver", method, {"h": h.sparsity(), "a": a.sparsity()}, options)
         found = self._solver(**data)
@@ -345,16 +345,17 @@ class _Conic:
 
 
 def _residual(data: Mapping[str, Any], x: Any, lam_a: Any, lam_x: Any) -> Any:
-    """The larger of stationarity relative to the forces that meet and infeasibility relative to |x|."""
+    """Stationarity and complementarity relative to the forces, infeasibility relative to |x|: the largest."""
     import casadi as ca
 
     rows = data["a"] @ x
     forces = [data["h"] @ x, data["g"], data["a"].T @ lam_a, lam_x]
-    meeting = ca.mmax(ca.vertcat(*(ca.fabs(force) for force in forces)))
-    stationarity = ca.norm_inf(sum(forces[1:], forces[0])) / ca.fmax(meeting, 1e-300)
-    gaps = [data["lba"] - rows, rows - data["uba"], data["lbx"] - x, x - data["ubx"]]
-    violation = ca.fmax(ca.mmax(ca.vertcat(*gaps)), 0) / ca.fmax(1, ca.norm_inf(x))
-    return ca.fmax(stationarity, violation)
+    unit = ca.fmax(ca.mmax(ca.fabs(ca.vertcat(*forces))), 1e-300)
+    size = ca.fmax(1, ca.norm_inf(x))
+    stationarity = ca.norm_inf(sum(forces[1:], forces[0])) / unit
+    slack = ca.vertcat(x - data["lbx"], data["ubx"] - x, rows - data["lba"], data["uba"] - rows) / size
+    pushes = ca.vertcat(-lam_x, lam_x, -lam_a, lam_a) / unit  # positive ones have to be at their limit
+    return ca.mmax(ca.vertcat(stationarity, -slack, ca.fmin(pushes, slack)))
 
 
 def _symbols(program: Program) -> tuple[Any, Any, list[Any]]:

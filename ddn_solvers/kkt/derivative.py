@@ -25,7 +25,6 @@ import numpy as np
 import torch
 
 from ddn_solvers.active_set import ActiveSet
-from ddn_solvers.kkt.polish import kkt_system
 from ddn_solvers.kkt.system import System
 from ddn_solvers.policy import Policy
 from ddn_solvers.program import Program

@@ -30,6 +30,7 @@ class _TorchCallback(ca.Callback):  # type: ignore[misc]  # casadi has no stubs
     ) -> None:
         ca.Callback.__init__(self)
         self._sizes_in, self._sizes_out, self._compute = sizes_in, sizes_out, compute
+        self._reverse: list[_TorchCallback] = []  # casadi keeps no reference to what it was given
         self.construct(name, {})
 
     def get_n_in(self) -> int:
@@ -48,6 +49,27 @@ class _TorchCallback(ca.Callback):  # type: ignore[misc]  # casadi has no stubs
         tensors = [torch.tensor(a.full().reshape(-1), dtype=torch.float64) for a in arguments]
         with torch.enable_grad():
             return [ca.DM(t.detach().reshape(-1).numpy()) for t in self._compute(*tensors)]
+
+
+    def has_reverse(self, seeds: int) -> bool:
+        return seeds == 1
+
+    def get_reverse(self, seeds: int, name: str, *_: Any) -> ca.Function:
+        """(inputs, outputs, cotangents) -> gradients: nlpsol asks for it before it is told not to."""
+        inputs, outputs = len(self._sizes_in), len(self._sizes_out)
+
+        def compute(*tensors: torch.Tensor) -> Any:
+            arguments = [t.requires_grad_() for t in tensors[:inputs]]
+            cotangents = tensors[inputs + outputs :]
+            total = sum(
+                (v.reshape(-1) @ c for v, c in zip(self._compute(*arguments), cotangents, strict=True)),
+                torch.zeros((), dtype=torch.float64),
+            )
+            return [_gradient(total, argument, retain_graph=True) for argument in arguments]
+
+        sizes = [*self._sizes_in, *self._sizes_out, *self._sizes_out]
+        self._reverse.append(_TorchCallback(name, sizes, self._sizes_in, compute))
+        return self._reverse[-1]
 
 
 class CallbackFunctions:

@@ -16,7 +16,15 @@ import numpy as np
 import torch
 from scipy.special import erfcx
 
-from ddn_solvers.lowering.casadi_tensor import Call, broadcast, concatenate, elementwise, gather, lowers
+from ddn_solvers.lowering.casadi_tensor import (
+    Call,
+    Tensor,
+    broadcast,
+    concatenate,
+    elementwise,
+    gather,
+    lowers,
+)
 
 SMOOTH = {
     "acos": ca.acos,
@@ -29,13 +37,18 @@ SMOOTH = {
     "cos": ca.cos,
     "cosh": ca.cosh,
     "erf": ca.erf,
+    "erfc": lambda x: 1 - ca.erf(x),
     "exp": ca.exp,
+    "exp2": lambda x: ca.exp(x * math.log(2)),
     "expm1": ca.expm1,
     "log": ca.log,
     "log10": ca.log10,
     "log1p": ca.log1p,
+    "log2": lambda x: ca.log(x) / math.log(2),
     "mul": operator.mul,
     "neg": operator.neg,
+    "reciprocal": lambda x: 1 / x,
+    "rsqrt": lambda x: 1 / ca.sqrt(x),
     "sin": ca.sin,
     "sinh": ca.sinh,
     "sqrt": ca.sqrt,
@@ -61,34 +74,9 @@ def rsub(x: Any, y: Any, alpha: float = 1) -> Any:
     return sub(y, x, alpha)
 
 
-@elementwise("reciprocal")
-def reciprocal(x: Any) -> Any:
-    return 1 / x
-
-
-@elementwise("rsqrt")
-def rsqrt(x: Any) -> Any:
-    return 1 / ca.sqrt(x)
-
-
 @elementwise("square")
 def square(x: Any) -> Any:
     return x**2
-
-
-@elementwise("exp2")
-def exp2(x: Any) -> Any:
-    return ca.exp(x * math.log(2))
-
-
-@elementwise("log2")
-def log2(x: Any) -> Any:
-    return ca.log(x) / math.log(2)
-
-
-@elementwise("erfc", "special_erfc")
-def erfc(x: Any) -> Any:
-    return 1 - ca.erf(x)
 
 
 @elementwise("erfinv", "special_erfinv")
@@ -135,15 +123,11 @@ def sigmoid(x: Any) -> Any:
     return ca.if_else(nonnegative, 1, decay) / (1 + decay)
 
 
-@elementwise("log_sigmoid")
-def log_sigmoid(x: Any) -> Any:
-    nonnegative = x >= 0
-    return (1 - nonnegative) * x - ca.log1p(_decay(x, nonnegative))
-
-
 @lowers("log_sigmoid_forward")
-def log_sigmoid_forward(call: Call, x: Any) -> tuple[Any, None]:
-    return log_sigmoid(*call.columns(x)), None
+def log_sigmoid(call: Call, x: Any) -> tuple[Any, None]:
+    (x,) = call.columns(x)
+    nonnegative = x >= 0
+    return (1 - nonnegative) * x - ca.log1p(_decay(x, nonnegative)), None
 
 
 def _decay(x: Any, nonnegative: Any) -> Any:
@@ -161,11 +145,6 @@ def softplus(x: Any, beta: float = 1, threshold: float = 20) -> Any:
     # As torch: x itself beyond the threshold, where it differs by less than exp(-threshold).
     linear = beta * x > threshold
     return linear * x + (1 - linear) * ca.log1p(ca.exp(beta * (1 - linear) * x)) / beta
-
-
-@elementwise("mish")
-def mish(x: Any) -> Any:
-    return x * ca.tanh(softplus(x))
 
 
 @elementwise("gelu")
@@ -239,32 +218,60 @@ def truncate(x: Any) -> Any:
     return ca.if_else(x >= 0, ca.floor(x), ca.ceil(x))
 
 
-@lowers("abs")
-def absolute(call: Call, x: Any) -> Any:
-    (x,) = call.columns(x)
-    call.kink(x)
-    return ca.fabs(x)
+def _round(x: Any) -> Any:
+    up = ca.floor(x + 0.5)
+    halfway_to_odd = ca.logic_and(up == x + 0.5, up / 2 != ca.floor(up / 2))
+    return up - halfway_to_odd
 
 
-@lowers("sign", "sgn")
-def sign(call: Call, x: Any) -> Any:
-    (x,) = call.columns(x)
-    call.kink(x)
-    return ca.sign(x)
-
-
-@lowers("relu")
-def relu(call: Call, x: Any) -> Any:
-    (x,) = call.columns(x)
-    call.kink(x)
-    return (x > 0) * x
-
-
-@lowers("leaky_relu")
-def leaky_relu(call: Call, x: Any, negative_slope: float = 0.01) -> Any:
-    (x,) = call.columns(x)
-    call.kink(x)
+def _leaky_relu(x: Any, negative_slope: float = 0.01) -> Any:
     return (negative_slope + (1 - negative_slope) * (x > 0)) * x
+
+
+# Each function with what is zero at its kinks.
+AT_ZERO = {
+    "abs": ca.fabs,
+    "leaky_relu": _leaky_relu,
+    "relu": lambda x: (x > 0) * x,
+    "sgn": ca.sign,
+    "sign": ca.sign,
+}
+AT_STEPS = {
+    "ceil": (ca.ceil, nearest),
+    "floor": (ca.floor, nearest),
+    "round.default": (_round, lambda x: nearest(x + 0.5)),
+}
+WHERE_EQUAL = {
+    # Whatever is made of a comparison, a selection by `where` or a sum, it steps where x = y.
+    "eq": operator.eq,
+    "fmax": lambda x, y: ca.if_else(x >= y, x, y),
+    "fmin": lambda x, y: ca.if_else(x <= y, x, y),
+    "ge": operator.ge,
+    "gt": operator.gt,
+    "le": operator.le,
+    "lt": operator.lt,
+    "max.other": ca.fmax,
+    "maximum": ca.fmax,
+    "min.other": ca.fmin,
+    "minimum": ca.fmin,
+    "ne": operator.ne,
+}
+
+
+def _register_kinked(name: str, function: Any, residual: Any) -> None:
+    @lowers(name)
+    def rule(call: Call, *operands: Any, **options: Any) -> Any:
+        columns = call.columns(*operands)
+        call.kink(residual(*columns))
+        return function(*columns, **options)
+
+
+for _name, _function in AT_ZERO.items():
+    _register_kinked(_name, _function, lambda x, *_: x)
+for _name, (_function, _residual) in AT_STEPS.items():
+    _register_kinked(_name, _function, _residual)
+for _name, _function in WHERE_EQUAL.items():
+    _register_kinked(_name, _function, operator.sub)
 
 
 @lowers("elu")
@@ -282,11 +289,6 @@ def hardtanh(call: Call, x: Any, low: float = -1, high: float = 1) -> Any:
     call.kink(x - high)
     below, above = x <= low, x >= high
     return below * low + above * high + (1 - below - above) * x
-
-
-@lowers("relu6")
-def relu6(call: Call, x: Any) -> Any:
-    return hardtanh(call, x, 0, 6)
 
 
 @lowers("clamp", "clip")
@@ -313,34 +315,6 @@ def clamp_max(call: Call, x: Any, high: Any) -> Any:
     return clamp(call, x, None, high)
 
 
-@lowers("maximum", "max.other")
-def maximum(call: Call, x: Any, y: Any) -> Any:
-    x, y = call.columns(x, y)
-    call.kink(x - y)
-    return ca.fmax(x, y)
-
-
-@lowers("minimum", "min.other")
-def minimum(call: Call, x: Any, y: Any) -> Any:
-    x, y = call.columns(x, y)
-    call.kink(x - y)
-    return ca.fmin(x, y)
-
-
-@lowers("fmax")
-def fmax(call: Call, x: Any, y: Any) -> Any:
-    x, y = call.columns(x, y)
-    call.kink(x - y)
-    return ca.if_else(x >= y, x, y)
-
-
-@lowers("fmin")
-def fmin(call: Call, x: Any, y: Any) -> Any:
-    x, y = call.columns(x, y)
-    call.kink(x - y)
-    return ca.if_else(x <= y, x, y)
-
-
 @lowers("hypot")
 def hypot(call: Call, x: Any, y: Any) -> Any:
     x, y = call.columns(x, y)
@@ -349,39 +323,11 @@ def hypot(call: Call, x: Any, y: Any) -> Any:
     return result
 
 
-@lowers("floor")
-def floor(call: Call, x: Any) -> Any:
-    (x,) = call.columns(x)
-    call.kink(nearest(x))
-    return ca.floor(x)
-
-
-@lowers("ceil")
-def ceil(call: Call, x: Any) -> Any:
-    (x,) = call.columns(x)
-    call.kink(nearest(x))
-    return ca.ceil(x)
-
-
-@lowers("trunc", "fix")
+@lowers("trunc")
 def trunc(call: Call, x: Any) -> Any:
     (x,) = call.columns(x)
     call.kink(ca.if_else(ca.fabs(x) < 0.5, 1, nearest(x)))
     return truncate(x)
-
-
-@lowers("frac")
-def frac(call: Call, x: Any) -> Any:
-    return call.columns(x)[0] - trunc(call, x)
-
-
-@lowers("round.default")
-def round_(call: Call, x: Any) -> Any:
-    (x,) = call.columns(x)
-    call.kink(nearest(x + 0.5))
-    up = ca.floor(x + 0.5)
-    halfway_to_odd = ca.logic_and(up == x + 0.5, up / 2 != ca.floor(up / 2))
-    return up - halfway_to_odd
 
 
 @lowers("div")
@@ -391,11 +337,6 @@ def div(call: Call, x: Any, y: Any, rounding_mode: str | None = None) -> Any:
         return x / y
     call.kink(nearest(x / y))
     return ca.floor(x / y) if rounding_mode == "floor" else truncate(x / y)
-
-
-@lowers("floor_divide")
-def floor_divide(call: Call, x: Any, y: Any) -> Any:
-    return div(call, x, y, rounding_mode="floor")
 
 
 @lowers("remainder")
@@ -446,42 +387,17 @@ def _reduced(losses: Any, reduction: int) -> Any:
 
 # ---------------------------------------------------------------------------- truth values
 
-COMPARISONS = {
-    "eq": operator.eq,
-    "ge": operator.ge,
-    "gt": operator.gt,
-    "le": operator.le,
-    "lt": operator.lt,
-    "ne": operator.ne,
-}
-
-
-def _register_comparison(name: str, compare: Any) -> None:
-    @lowers(name)
-    def comparison(call: Call, x: Any, y: Any) -> Any:
-        # Whatever is made of the answer, a selection by `where` or a sum, it steps where x = y.
-        x, y = call.columns(x, y)
-        call.kink(x - y)
-        return compare(x, y)
-
-
-for _name, _compare in COMPARISONS.items():
-    _register_comparison(_name, _compare)
-
-
-elementwise("logical_and", "bitwise_and")(ca.logic_and)
-elementwise("logical_or", "bitwise_or")(ca.logic_or)
-elementwise("logical_not", "bitwise_not")(ca.logic_not)
-
-
-@elementwise("logical_xor", "bitwise_xor")
-def logical_xor(x: Any, y: Any) -> Any:
-    return ca.logic_not(x) != ca.logic_not(y)
+for _name, _function in {
+    "and": ca.logic_and,
+    "not": ca.logic_not,
+    "or": ca.logic_or,
+    "xor": lambda x, y: ca.logic_not(x) != ca.logic_not(y),
+}.items():
+    elementwise(f"logical_{_name}", f"bitwise_{_name}")(_function)
 
 
 @lowers("to", "_to_copy", "type_as")
-def convert(call: Call, x: Any, *_: Any, **__: Any) -> Any:
-    (entries,) = call.columns(x)
+def convert(call: Call, x: Tensor, *_: Any, **__: Any) -> Any:
     if call.output.dtype.is_floating_point or x.dtype is torch.bool:
-        return entries
-    return entries != 0 if call.output.dtype is torch.bool else trunc(call, x)
+        return x.column
+    return x.column != 0 if call.output.dtype is torch.bool else trunc(call, x)

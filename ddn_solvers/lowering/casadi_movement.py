@@ -84,12 +84,6 @@ def index_put(call: Call, x: Any, indices: Any, values: Any, accumulate: bool = 
     return _accumulated(x, torch.ops.aten.index(_positions(x), indices), values)
 
 
-@lowers("index_add")
-def index_add(call: Call, x: Any, dim: int, index: Any, source: Any, alpha: float = 1) -> Any:
-    _require_fixed(call, index)
-    return _accumulated(x, _positions(x).index_select(dim, index), source, alpha)
-
-
 @lowers("scatter_add")
 def scatter_add(call: Call, x: Any, dim: int, index: Any, source: Any) -> Any:
     _require_fixed(call, index)
@@ -115,11 +109,6 @@ def masked_fill(call: Call, x: Any, mask: Any, value: Any) -> Any:
 @lowers("copy")
 def copy(call: Call, destination: Any, source: Any, non_blocking: bool = False) -> Any:
     return gather(column(source), _positions(_as_tensor(source)).expand(call.shape))
-
-
-@lowers("fill.Tensor")
-def fill_with(call: Call, x: Any, value: Any) -> Any:
-    return copy(call, x, value)
 
 
 @lowers(*SHAPE_ONLY, "fill.Scalar", "isnan", "isinf")
@@ -185,12 +174,12 @@ def _as_tensor(value: Any) -> Any:
     return value if isinstance(value, Tensor | torch.Tensor) else torch.tensor(value, dtype=torch.float64)
 
 
-def _accumulated(x: Any, places: torch.Tensor, source: Any, factor: float = 1) -> Any:
-    """x plus ``factor`` times the entries of ``source``, each added at its place in x."""
+def _accumulated(x: Any, places: torch.Tensor, source: Any) -> Any:
+    """x plus the entries of ``source``, each added at its place in x."""
     size, count = math.prod(x.shape), places.numel()
     added = broadcast(source, tuple(places.shape)) + ca.MX.zeros(count)
     rows = places.reshape(-1).tolist()
-    spread = ca.DM.triplet(rows, list(range(count)), ca.DM.ones(count) * factor, size, count)
+    spread = ca.DM.triplet(rows, list(range(count)), ca.DM.ones(count), size, count)
     return column(x) + ca.densify(ca.mtimes(spread, added))
 
 

@@ -167,7 +167,9 @@ def _orthonormal(matrix: Any) -> Any:
     lengths = [ca.norm_2(column) for column in columns]
     longest = functools.reduce(ca.fmax, lengths)
     absent = [length <= NEGLIGIBLE * longest for length in lengths]
-    basis = [(1 - gone) * c / (length + gone) for c, length, gone in zip(columns, lengths, absent, strict=True)]
+    basis = [
+        (1 - gone) * c / (length + gone) for c, length, gone in zip(columns, lengths, absent, strict=True)
+    ]
     rest = ca.SX.eye(size) - ca.mtimes(ca.horzcat(*basis), ca.horzcat(*basis).T)
     for i, gone in enumerate(absent):
         chosen, square = rest[:, 0], rest[0, 0]
