@@ -1,5 +1,6 @@
 # Needs make and Python >= 3.11, nothing else:  make demo   make test   (PYTHON=python3.12 to choose one)
-# Both work in an environment of their own, made on first use and again when its definition changes.
+# Both work in an environment of their own, made on first use and brought up to date when its definition
+# changes; `make clean` removes it.
 
 PYTHON ?= python3
 # Processes that run the tests; each is single-threaded.
@@ -56,8 +57,8 @@ clean:
 
 $(VENV)/.library: $(DEFINITION)
 	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed: make PYTHON=..." if sys.version_info < (3, 11) else 0)'
-	@echo "Making $(VENV) (torch is large: the first time takes minutes)"
-	$(PYTHON) -m venv --clear $(VENV)
+	@echo "Installing into $(VENV) (torch is large: the first time takes minutes)"
+	$(PYTHON) -m venv $(VENV)
 	$(PIP) pip
 	$(PIP) --build-constraint constraints.txt -e '.[examples]'
 	@touch $@

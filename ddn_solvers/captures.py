@@ -7,8 +7,8 @@ item steps), and is
 
 - an **input** of the graph, if it is a floating-point tensor that requires a gradient or belongs to
   a module: re-read at every call, whoever holds it now;
-- a **constant**, watched: a change of identity or version (tensors), of value (numbers, flags such
-  as ``training``), of structure (containers, modules) or of code (functions) means: trace again.
+- a **constant**, watched: a change of content (tensors, arrays), of value (numbers, flags such as
+  ``training``), of structure (containers, modules) or of identity (functions) means: trace again.
 
 A layer owns copies of the modules and Parameters; it hands them in as ``overrides`` by anchor name.
 """
@@ -22,13 +22,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from ddn_solvers.problem import Problem
 
 Overrides = Mapping[str, Any]
-_SCALARS = (bool, int, float, complex, str, bytes, type(None))
-_MAX_DEPTH = 5
+_SCALARS = (bool, int, float, complex, str, bytes, type(None), np.generic)
+_MAX_DEPTH = 12
+_MAX_OBJECTS = 20_000  # a captured data set is not searched to its last item
+_MAX_COMPARED = 100_000  # entries of a constant up to which its content is compared, not only its version
 # Packages whose functions and objects hold no captures of the user's.
 _FOREIGN = ("torch", "numpy", "scipy", "builtins", "math", "casadi", "cvxpy", "functools", "operator")
 
@@ -107,7 +110,9 @@ def fingerprint(value: Any, is_input: bool) -> tuple[Any, ...]:
     if isinstance(value, torch.Tensor):
         if is_input:
             return ("input", tuple(value.shape))
-        return ("constant", id(value), None if value.is_inference() else value._version)
+        return ("constant", value.requires_grad, *_content(value))
+    if isinstance(value, np.ndarray):
+        return ("array", *_content(torch.from_numpy(value) if value.dtype.kind in "fiu" else value))
     if isinstance(value, _SCALARS):
         return (type(value), repr(value))
     if isinstance(value, torch.nn.Module):
@@ -116,8 +121,21 @@ def fingerprint(value: Any, is_input: bool) -> tuple[Any, ...]:
         return (type(value), tuple(value))
     if isinstance(value, (list, tuple)):
         return (type(value), len(value))
-    code = getattr(value, "__code__", None)
-    return (type(value), code if code is not None else None)
+    if isinstance(value, (set, frozenset)):
+        return (type(value), frozenset(value))
+    if isinstance(value, types.MethodType):
+        return (type(value), value.__func__)
+    return (type(value), value if isinstance(value, types.FunctionType) else None)
+
+
+def _content(value: Any) -> tuple[Any, ...]:
+    """What tells one constant from another: its entries, where they are few enough to compare."""
+    if not isinstance(value, torch.Tensor):
+        return (value.dtype.str, value.shape, value.tobytes() if value.dtype.kind != "O" else id(value))
+    if value.device.type == "cpu" and value.numel() <= _MAX_COMPARED and not value.is_sparse:
+        data = value.detach().resolve_conj().resolve_neg().contiguous().view(-1)
+        return (value.dtype, tuple(value.shape), data.view(torch.uint8).numpy().tobytes() if data.numel() else b"")
+    return (value.dtype, tuple(value.shape), id(value), None if value.is_inference() else value._version)
 
 
 def find_captures(problem: Problem) -> Captures:
@@ -163,7 +181,7 @@ class _Walk:
         self.visited, self.anchors, self.kept_alive = visited, anchors, kept_alive
 
     def value(self, accessor: Accessor, value: Any, depth: int, in_module: bool = False) -> Iterator[Found]:
-        if depth > _MAX_DEPTH and not in_module:
+        if (depth > _MAX_DEPTH and not in_module) or len(self.kept_alive) > _MAX_OBJECTS:
             return
         if accessor.anchor is None and isinstance(value, (torch.nn.Module, torch.nn.Parameter)):
             accessor = replace(
@@ -173,10 +191,10 @@ class _Walk:
             self.kept_alive.append(value)
             yield accessor, value, in_module
             return
-        if isinstance(value, _SCALARS):
+        if isinstance(value, (*_SCALARS, np.ndarray, set, frozenset)):
             yield accessor, value, in_module
             return
-        if id(value) in self.visited or isinstance(value, type):
+        if id(value) in self.visited:
             return
         self.visited.add(id(value))
         self.kept_alive.append(value)
@@ -194,10 +212,26 @@ class _Walk:
             yield accessor, value, in_module
             for key, item in enumerate(value):
                 yield from self.value(accessor.step("item", key), item, depth + 1)
-        elif not _foreign(type(value).__module__) and hasattr(value, "__dict__"):
+        elif isinstance(value, type):
+            if not _foreign(value.__module__):
+                yield from self._class(accessor, value, depth)
+        elif not _foreign(type(value).__module__):
             yield accessor, value, in_module
-            for key in list(vars(value)):
-                yield from self.value(accessor.step("attr", key), vars(value)[key], depth + 1)
+            for key in _attributes(value):
+                yield from self.value(accessor.step("attr", key), getattr(value, key), depth + 1)
+            yield from self._class(accessor.step("attr", "__class__"), type(value), depth)
+
+    def _class(self, accessor: Accessor, cls: type, depth: int) -> Iterator[Found]:
+        """Attributes of a user's class, and what its methods refer to."""
+        for base in cls.__mro__:
+            if _foreign(base.__module__) or id(base.__dict__) in self.visited:
+                continue
+            self.visited.add(id(base.__dict__))
+            for key, attribute in list(vars(base).items()):
+                if isinstance(attribute, types.FunctionType):
+                    yield from self.function(accessor, attribute, depth + 1)
+                elif not key.startswith("__") and isinstance(attribute, (*_SCALARS, torch.Tensor, list, dict, tuple)):
+                    yield from self.value(accessor.step("attr", key), attribute, depth + 1)
 
     def _module(self, accessor: Accessor, module: torch.nn.Module, depth: int) -> Iterator[Found]:
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
@@ -205,9 +239,10 @@ class _Walk:
                 yield from self.value(accessor.step("attr", key), tensor, depth + 1, True)
         for key, child in module.named_children():
             yield from self.value(accessor.step("attr", key), child, depth + 1, True)
-        for key, attribute in vars(module).items():
-            if not key.startswith("_") and isinstance(attribute, (torch.Tensor, *_SCALARS)):
+        for key, attribute in list(vars(module).items()):
+            if not key.startswith("_"):
                 yield from self.value(accessor.step("attr", key), attribute, depth + 1, True)
+        yield from self._class(accessor.step("attr", "__class__"), type(module), depth)
 
     def function(self, accessor: Accessor, function: Any, depth: int) -> Iterator[Found]:
         """Everything that a function refers to: closure, globals it names, defaults, ``self``."""
@@ -277,6 +312,13 @@ def _walk_problem(
 
 def _constant(value: Any) -> Callable[[], Any]:
     return lambda: value
+
+
+def _attributes(value: Any) -> list[str]:
+    """Names of an object's own attributes, slots included."""
+    slots = [name for base in type(value).__mro__ for name in getattr(base, "__slots__", ())]
+    names = [*getattr(value, "__dict__", ()), *([slots] if isinstance(slots, str) else slots)]
+    return [name for name in names if hasattr(value, name)]
 
 
 def _foreign(module: str | None) -> bool:

@@ -90,6 +90,8 @@ def check_derivative(policy: Policy, degenerate: bool, one_sided: bool) -> None:
     Raises:
         SensitivityError: The policy refuses it.
     """
+    if policy.smoothing > 0:
+        raise SensitivityError("policy.smoothing is not available in this version; set it to 0 for the exact derivative")
     if one_sided and policy.weakly_active == "raise":
         raise SensitivityError(
             "a constraint is weakly active (neither slack nor multiplier), so the derivative is one-sided. "

@@ -11,7 +11,7 @@ import torch
 
 from ddn_solvers.captures import Accessor
 from ddn_solvers.errors import ProblemError
-from ddn_solvers.policy import Policy
+from ddn_solvers.policy import Policy, as_policy
 from ddn_solvers.problem import Problem, as_problem
 from ddn_solvers.program import compile_program
 from ddn_solvers.solution import DualSolution, Solution
@@ -51,6 +51,7 @@ class DeclarativeLayer(torch.nn.Module):
         self._previous: Solution | None = None
         self._origins: dict[str, _Origin] = {}
         as_options(options)
+        as_policy(policy)
         program = compile_program(self.problem)
         routes(solver, program)
         self._register_captures(program.graph.seen.inputs)

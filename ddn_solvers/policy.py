@@ -17,7 +17,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "weakly_active": ("active", "inactive", "mean", "raise"),
     "nonsmooth": ("manifold", "clarke"),
 }
-_LINEAR_SOLVERS = ("auto", "dense", "sparse", "iterative")
+_LINEAR_SOLVERS = ("auto", "dense")
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Policy:
         accuracy: What "solved" means: scaled residuals and the predicted Newton step, relative.
         active_tol: Scaled slack and multiplier below which a constraint counts as weakly active;
             ``None`` derives it from ``accuracy`` and the caller's dtype.
-        linear_solver: How the KKT system is solved: ``"auto"``, ``"dense"``, ``"sparse"``,
-            ``"iterative"`` or a callable ``(matrix, rhs) -> solution``.
+        linear_solver: How the KKT system is solved: ``"auto"``, ``"dense"`` or a callable
+            ``(matrix, rhs) -> solution`` on (B, N, N) and (B, N) tensors.
 
     Raises:
         ProblemError: An unknown choice, or a number that is negative or not finite.
@@ -97,3 +97,14 @@ class Policy:
         if self.active_tol is not None:
             return self.active_tol
         return max(1e-2 * self.accuracy, 10 * torch.finfo(dtype).eps)
+
+
+def as_policy(policy: Policy | None) -> Policy:
+    """The default policy for ``None``.
+
+    Raises:
+        ProblemError: It is something else than a ``Policy``.
+    """
+    if policy is not None and not isinstance(policy, Policy):
+        raise ProblemError("policy is not a policy", expected="a ddn.Policy", got=type(policy).__name__)
+    return policy or Policy()

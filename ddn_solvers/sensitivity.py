@@ -27,7 +27,7 @@ from ddn_solvers.kkt.derivative import Cotangents, Linearisation
 from ddn_solvers.kkt.multipliers import least_squares_multipliers
 from ddn_solvers.kkt.verify import Verified, verify
 from ddn_solvers.layout import Layout
-from ddn_solvers.policy import Policy
+from ddn_solvers.policy import Policy, as_policy
 from ddn_solvers.problem import Problem, as_problem
 from ddn_solvers.program import Program, compile_program
 from ddn_solvers.residuals import Bound, PrimalDual
@@ -64,7 +64,7 @@ def sensitivity(
         SensitivityError: The point is not a KKT point to ``policy.accuracy`` (unless
             ``policy.on_failure`` says otherwise).
     """
-    policy = policy or Policy()
+    policy = as_policy(policy)
     program, binding, point = _given(as_problem(problem), parameters, primal)
     # A batch of its own for every block, so that nothing is summed over samples before it has to be.
     blocks = tuple(
@@ -87,7 +87,7 @@ def attach(
     Args, Raises: As ``sensitivity``.
     """
     started = time.perf_counter()
-    policy = policy or Policy()
+    policy = as_policy(policy)
     program, binding, point = _given(as_problem(problem), parameters, primal)
     found = _Found(program, policy, binding.dtype, point, None)
     operation = Operation(program, policy, lambda blocks: found.outputs(blocks, operation))

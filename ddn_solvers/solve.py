@@ -30,7 +30,7 @@ from ddn_solvers.implicit import Operation, Outputs, apply, outputs_of
 from ddn_solvers.kkt.multipliers import least_squares_multipliers
 from ddn_solvers.kkt.verify import Verified, verify
 from ddn_solvers.layout import Layout
-from ddn_solvers.policy import Policy
+from ddn_solvers.policy import Policy, as_policy
 from ddn_solvers.problem import Problem, as_problem
 from ddn_solvers.program import Program, compile_program
 from ddn_solvers.residuals import Bound, PrimalDual
@@ -98,9 +98,7 @@ def solve_captured(
 ) -> Solution:
     """``solve`` with other objects in place of what the problem's functions capture (a layer's own)."""
     started = time.perf_counter()
-    policy = Policy() if policy is None else policy
-    if not isinstance(policy, Policy):
-        raise ProblemError("policy is not a policy", expected="a ddn.Policy", got=type(policy).__name__)
+    policy = as_policy(policy)
     call_options = as_options(options)
     program = compile_program(problem, overrides)
     warn_if_callbacks(program)

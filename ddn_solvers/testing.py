@@ -704,7 +704,7 @@ def make_batch(case: Case, method: str, options: Options | None = None) -> Batch
     parameters += [t.detach().double().reshape(-1).numpy() for t in program.graph.read_captures(None)]
     samples = max((p.shape[0] for p in parameters if p.ndim == 2), default=1)
     n = program.variables.size
-    lower, upper = (np.broadcast_to(side, (samples, n)) for side in program.bounds(parameters))
+    lower, upper = (np.array(np.broadcast_to(side, (samples, n))) for side in program.bounds(parameters))
     start = np.zeros(n) if case.initial is None else program.variables.join(case.initial).double().numpy()
     initial = np.clip(np.broadcast_to(start, (samples, n)), lower, upper)
     return Batch(program, tuple(parameters), lower, upper, initial, method, options or Options())

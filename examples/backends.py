@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -117,18 +118,19 @@ def _central_differences(layer: ddn.DeclarativeLayer, inputs: dict[str, torch.Te
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """The rows side by side; differences are to the first row's point and gradient."""
-    shown = Table(title=f"One problem, {ASSETS} variables, {rows[0].active} active constraints and bounds")
+    """Side by side: against the first row's point and gradient, and against central differences."""
+    title = f"One problem: {ASSETS} variables, {rows[0].active} active constraints and bounds"
+    shown = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
     shown.add_column("solver", no_wrap=True)
-    for heading in ("point\nvs first", "gradient\nvs first", "gradient vs\nfinite diff.", "residual"):
-        shown.add_column(heading, justify="right")
-    for heading in ("solve\nms", "backward\nms"):
-        shown.add_column(heading, justify="right")
+    for heading in ("point\nvs first", "gradient\nvs first", "gradient\nvs differ.", "residual"):
+        shown.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("solve\nms", "gradient\nms"):
+        shown.add_column(heading, justify="right", no_wrap=True)
     first = rows[0]
     for row in rows:
         apart = (row.gradient - first.gradient).abs().max() / first.gradient.abs().max()
         shown.add_row(
-            row.solver if row.solver == row.found_by else f"{row.solver}: {row.found_by}",
+            row.solver if row.solver == row.found_by else f"{row.solver} = {row.found_by}",
             "-" if row is first else f"{(row.point - first.point).abs().max():.0e}",
             "-" if row is first else f"{apart:.0e}",
             f"{row.difference_error:.0e}",

@@ -345,15 +345,15 @@ class _Conic:
 
 
 def _residual(data: Mapping[str, Any], x: Any, lam_a: Any, lam_x: Any) -> Any:
-    """Stationarity and complementarity relative to the forces, infeasibility relative to |x|: the largest."""
+    """The largest of stationarity, relative to the forces, infeasibility, to the limits, and complementarity."""
     import casadi as ca
 
     rows = data["a"] @ x
     forces = [data["h"] @ x, data["g"], data["a"].T @ lam_a, lam_x]
     unit = ca.fmax(ca.mmax(ca.fabs(ca.vertcat(*forces))), 1e-300)
-    size = ca.fmax(1, ca.norm_inf(x))
     stationarity = ca.norm_inf(sum(forces[1:], forces[0])) / unit
-    slack = ca.vertcat(x - data["lbx"], data["ubx"] - x, rows - data["lba"], data["uba"] - rows) / size
+    sizes = ca.fmax(1, ca.fabs(ca.vertcat(x, x, data["uba"], data["uba"])))
+    slack = ca.vertcat(x - data["lbx"], data["ubx"] - x, rows - data["lba"], data["uba"] - rows) / sizes
     pushes = ca.vertcat(-lam_x, lam_x, -lam_a, lam_a) / unit  # positive ones have to be at their limit
     return ca.mmax(ca.vertcat(stationarity, -slack, ca.fmin(pushes, slack)))
 

@@ -224,6 +224,8 @@ def _trust_constr(instance: Instance, at: _Evaluator, options: dict[str, Any]) -
             NonlinearConstraint(at.constraints, low, np.zeros(rows), jacobian, lambda z, v: at.hessian(z, v, 0.0))
         )
     bounded = np.isfinite(instance.lower).any() or np.isfinite(instance.upper).any()
+    # Trial points keep to the bounds, where the start does: beyond them a logarithm may have no value.
+    inside = (instance.lower < at.z) & (at.z < instance.upper)
     # SciPy's own test of gtol ignores complementarity and may end far from the bounds that are active:
     # it is switched off, and made here once the barrier is gone.
     tolerance, barrier = options["gtol"], options["barrier_tol"]
@@ -240,7 +242,7 @@ def _trust_constr(instance: Instance, at: _Evaluator, options: dict[str, Any]) -
         jac=at.gradient,
         hess=lambda z: at.hessian(z, np.zeros(rows), 1.0),
         method="trust-constr",
-        bounds=Bounds(instance.lower, instance.upper) if bounded else None,
+        bounds=Bounds(instance.lower, instance.upper, inside) if bounded else None,
         constraints=constraints,
         callback=finished,
         options=options,

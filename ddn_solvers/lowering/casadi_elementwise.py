@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import casadi as ca
@@ -26,7 +27,9 @@ from ddn_solvers.lowering.casadi_tensor import (
     lowers,
 )
 
-SMOOTH = {
+Function = Callable[..., Any]  # of columns
+
+SMOOTH: dict[str, Function] = {
     "acos": ca.acos,
     "acosh": ca.acosh,
     "asin": ca.asin,
@@ -229,19 +232,19 @@ def _leaky_relu(x: Any, negative_slope: float = 0.01) -> Any:
 
 
 # Each function with what is zero at its kinks.
-AT_ZERO = {
+AT_ZERO: dict[str, Function] = {
     "abs": ca.fabs,
     "leaky_relu": _leaky_relu,
     "relu": lambda x: (x > 0) * x,
     "sgn": ca.sign,
     "sign": ca.sign,
 }
-AT_STEPS = {
+AT_STEPS: dict[str, tuple[Function, Function]] = {
     "ceil": (ca.ceil, nearest),
     "floor": (ca.floor, nearest),
     "round.default": (_round, lambda x: nearest(x + 0.5)),
 }
-WHERE_EQUAL = {
+WHERE_EQUAL: dict[str, Function] = {
     # Whatever is made of a comparison, a selection by `where` or a sum, it steps where x = y.
     "eq": operator.eq,
     "fmax": lambda x, y: ca.if_else(x >= y, x, y),
@@ -258,7 +261,7 @@ WHERE_EQUAL = {
 }
 
 
-def _register_kinked(name: str, function: Any, residual: Any) -> None:
+def _register_kinked(name: str, function: Function, residual: Function) -> None:
     @lowers(name)
     def rule(call: Call, *operands: Any, **options: Any) -> Any:
         columns = call.columns(*operands)
@@ -387,12 +390,13 @@ def _reduced(losses: Any, reduction: int) -> Any:
 
 # ---------------------------------------------------------------------------- truth values
 
-for _name, _function in {
+LOGICAL: dict[str, Function] = {
     "and": ca.logic_and,
     "not": ca.logic_not,
     "or": ca.logic_or,
     "xor": lambda x, y: ca.logic_not(x) != ca.logic_not(y),
-}.items():
+}
+for _name, _function in LOGICAL.items():
     elementwise(f"logical_{_name}", f"bitwise_{_name}")(_function)
 
 

@@ -59,7 +59,7 @@ def matmul(call: Call, x: Any, y: Any) -> Any:
         x = _part(x, 0, (1, *x.shape))
     if len(y.shape) == 1:
         y = _part(y, 0, (*y.shape, 1))
-    rows, inner, columns = *x.shape[-2:], y.shape[-1]
+    (rows, inner), columns = x.shape[-2:], y.shape[-1]
     if len(y.shape) == 2:  # all matrices of x, one below the other
         return _product(_part(x, 0, (math.prod(x.shape[:-1]), inner)), y)
     batch = tuple(torch.broadcast_shapes(x.shape[:-2], y.shape[:-2]))

@@ -32,6 +32,7 @@ NEGLIGIBLE = 1e-13  # singular values smaller than this, relative to the largest
 @lowers("_linalg_eigh")
 def eigh(call: Call, a: Any, uplo: str = "L", compute_v: bool = True) -> tuple[Any, Any]:
     _require_small(call, a)
+    # Torch reads one triangle, and differentiates as if the other were the same; as it has to be.
     pairs = [_eigen((m + m.T) / 2) for m in matrices(a)]
     call.kink(concatenate([ca.diff(w) for w, _ in pairs]))
     return concatenate([w for w, _ in pairs]), stacked([x for _, x in pairs])
@@ -50,7 +51,7 @@ def svd(
         triples = [(v, s, u) for u, s, v in (_singular(m.T) for m in matrices(a))]
     left, right = (rows, columns) if full_matrices else (count, count)
     values = [s[:count] for _, s, _ in triples]
-    call.kink(concatenate([ca.diff(ca.vertcat(s, 0)) for s in values]))
+    call.kink(-concatenate([ca.diff(ca.vertcat(s, 0)) for s in values]))
     return (
         stacked([u[:, :left] for u, _, _ in triples]),
         concatenate(values),
@@ -153,7 +154,7 @@ def _diagonalised(a: Any, *, hermitian: bool) -> tuple[Any, Any]:
             for side in (v, av):
                 side[p], side[q] = c * side[p] + s * side[q], c * side[q] - s * side[p]
     sweep = ca.Function("sweep", inputs, [ca.horzcat(*v), ca.horzcat(*av)])
-    result = ca.MX.eye(columns), a
+    result: tuple[Any, Any] = (ca.MX.eye(columns), a)
     for _ in range(SWEEPS):
         result = sweep(*result)
     return result

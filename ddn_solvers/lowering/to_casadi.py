@@ -306,7 +306,7 @@ def _settled(node: fx.Node, args: Any, kwargs: Any) -> Any:
     args, kwargs = tree_map_only((Tensor, torch.Tensor), stand_in, (args, kwargs))
     if op is ATEN.masked_select.default:
         entries, mask = args
-        shape = torch.broadcast_shapes(entries.shape, mask.shape)  # type: ignore[no-untyped-call]
+        shape = torch.broadcast_shapes(entries.shape, mask.shape)
         return entries.new_empty(int(mask.expand(shape).sum()))
     if op is ATEN.index.Tensor:
         places = [p.nonzero(as_tuple=True) if _is_mask(p) else (p,) for p in args[1]]
