@@ -672,9 +672,7 @@ CASES: tuple[Case, ...] = (
     _scalar(),
     _off_kink(),
     _callbacks(),
-    _hopeless(
-        "infeasible_lp", {"LP", "infeasible"}, _first, equality=_sum_is_one, bounds={"u": (1.0, None)}
-    ),
+    _hopeless("infeasible_lp", {"LP", "infeasible"}, _first, equality=_sum_is_one, bounds={"u": (1.0, None)}),
     _hopeless(
         "infeasible_qp", {"QP", "infeasible"}, _half_square_distance, inequality=[_above_two, _below_one]
     ),
@@ -772,7 +770,9 @@ def check_adapter(
         where = f"{case}, sample {i}, {method}: {point.message}"
         _close(point.primal, answer.primal[i], point_tolerance, f"{where}: primal")
         if case.objective is not None:
-            _close(batch[i].objective(point.primal), answer.objective[i], point_tolerance, f"{where}: objective")
+            _close(
+                batch[i].objective(point.primal), answer.objective[i], point_tolerance, f"{where}: objective"
+            )
         _check_multipliers(adapter, batch, i, point, answer, dual_tolerance, where)
     alone = adapter.solve(batch[0])
     _close(alone.primal, points[0].primal, point_tolerance, f"{case}: sample 0 alone and in its batch")

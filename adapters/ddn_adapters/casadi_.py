@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
+import itertools
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -46,12 +47,25 @@ _NLPSOL = ("ipopt", "sqpmethod")
 _CONSTRAINED = frozenset({Feature.BOUNDS, Feature.EQUALITY, Feature.INEQUALITY})
 _SMOOTH = _CONSTRAINED | {Feature.NONCONVEX, Feature.CALLBACKS, Feature.NONSMOOTH}
 _SOLVED = 1e-6  # relative KKT residual above which a sample of a map is solved again to learn its status
+_MARKS = itertools.count(1)
 _INFINITE = 1e10  # an entry beyond this is a ray that was followed, whatever the solver says
 # Of every CasADi function; what a plugin adds to them, it lists itself.
 _COMMON = frozenset(
     {"expand", "jit", "compiler", "jit_options", "verbose", "print_time", "record_time", "calc_multipliers"}
-    | {"iteration_callback", "iteration_callback_step", "iteration_callback_ignore_errors", "bound_consistency"}
-    | {"min_lam", "oracle_options", "common_options", "specific_options", "show_eval_warnings", "error_on_fail"}
+    | {
+        "iteration_callback",
+        "iteration_callback_step",
+        "iteration_callback_ignore_errors",
+        "bound_consistency",
+    }
+    | {
+        "min_lam",
+        "oracle_options",
+        "common_options",
+        "specific_options",
+        "show_eval_warnings",
+        "error_on_fail",
+    }
     | {"warn_initial_bounds", "discrete", "inputs_check", "regularity_check", "monitor", "max_num_threads"}
 )
 
@@ -119,7 +133,7 @@ _PLUGINS = {
     "sqpmethod": _Plugin(
         "max_iter",
         ("tol_pr", "tol_du"),
-        "iteration_callback",
+        None,  # ours to watch
         {**_NLP_STATUS, "User_Requested_Stop": Status.TIME_LIMIT},
         {
             **_NLP,
@@ -129,10 +143,14 @@ _PLUGINS = {
             "max_iter": 200,
             "tol_pr": 1e-9,
             "tol_du": 1e-9,
-            # daqp needs a convex QP; clipping leaves a convex Hessian as it is, so that Newton stays Newton.
+            # daqp needs a convex QP. Reflecting eigenvalues leaves a convex Hessian as it is, so that Newton
+            # stays Newton; the default of 3 step lengths accepts steps that multiply the merit function.
+            "convexify_strategy": "eigen-reflect",
+            "max_iter_ls": 10,
+            "beta": 0.5,
             "qpsol": "daqp",
             "qpsol_options.error_on_fail": False,
-            "convexify_strategy": "eigen-clip",
+            "qpsol_options.daqp": {"eps_prox": 1e-6, "eta_prox": 1e-12, "primal_tol": 1e-9},
         },
     ),
     "daqp": _Plugin(
@@ -152,6 +170,8 @@ _PLUGINS = {
             "Successful return.": Status.OPTIMAL,
             "Initial QP could not be solved due to infeasibility!": Status.INFEASIBLE,
             "Initial QP could not be solved due to unboundedness!": Status.UNBOUNDED,
+            "Premature homotopy termination because QP is infeasible.": Status.INFEASIBLE,
+            "Premature homotopy termination because QP is unbounded.": Status.UNBOUNDED,
             "Maximum number of working set recalculations performed.": Status.ITERATION_LIMIT,
         },
         {**_CONIC, "printLevel": "none"},
@@ -159,7 +179,7 @@ _PLUGINS = {
     "osqp": _Plugin(
         "osqp.max_iter",
         ("osqp.eps_abs", "osqp.eps_rel"),
-        "osqp.time_limit",
+        None,
         {
             "solved": Status.OPTIMAL,
             "solved inaccurate": Status.OPTIMAL,
@@ -168,9 +188,14 @@ _PLUGINS = {
             "dual infeasible": Status.UNBOUNDED,
             "dual infeasible inaccurate": Status.UNBOUNDED,
             "maximum iterations reached": Status.ITERATION_LIMIT,
-            "run time limit reached": Status.TIME_LIMIT,
         },
-        {**_CONIC, "osqp.verbose": False, "osqp.eps_abs": 1e-9, "osqp.eps_rel": 1e-9, "osqp.max_iter": 100_000},
+        {
+            **_CONIC,
+            "osqp.verbose": False,
+            "osqp.eps_abs": 1e-9,
+            "osqp.eps_rel": 1e-9,
+            "osqp.max_iter": 100_000,
+        },
     ),
     "qrqp": _Plugin(
         "max_iter",
@@ -235,7 +260,9 @@ class CasADiAdapter(Adapter):
 class _Nonlinear:
     """``nlpsol`` on the compiled functions (or callbacks) and their own derivatives; one program's, reused."""
 
-    def __init__(self, program: Program, method: str, options: dict[str, Any], time_limit: float | None) -> None:
+    def __init__(
+        self, program: Program, method: str, options: dict[str, Any], time_limit: float | None
+    ) -> None:
         import casadi as ca
 
         functions, rows = program.functions, program.constraints
@@ -253,14 +280,18 @@ class _Nonlinear:
         if method == "ipopt":
             options["grad_f"] = function("grad_f", [f, gradient], ["f", "grad:f:x"])
             options["jac_g"] = function("jac_g", [c, jacobian], ["g", "jac:g:x"])
-            options["hess_lag"] = function("hess_l", [ca.triu(hessian)], ["triu:hess:gamma:x:x"], weights=True)
+            options["hess_lag"] = function(
+                "hess_l", [ca.triu(hessian)], ["triu:hess:gamma:x:x"], weights=True
+            )
         else:
             first = {"f": f, "grad:f:x": gradient, "g": c, "jac:g:x": jacobian}
             options["jac_fg"] = function("jac_fg", list(first.values()), list(first))
             options["hess_lag"] = function("hess_l", [hessian], ["hess:gamma:x:x"], weights=True)
         self._stopwatch = None
         if time_limit is not None and _PLUGINS[method].time_limit is None:
-            self._stopwatch = options["iteration_callback"] = _stopwatch([z.numel(), 1, rows, z.numel(), rows, p.numel()])
+            self._stopwatch = options["iteration_callback"] = _stopwatch(
+                [z.numel(), 1, rows, z.numel(), rows, p.numel()]
+            )
         self._solver = ca.nlpsol("solver", method, {"x": z, "p": p, "f": f, "g": c}, options)
         self._lock = threading.Lock()  # a solver's statistics are those of its last call
 
@@ -270,7 +301,12 @@ class _Nonlinear:
         limits = np.full(rows, -np.inf)
         limits[:m] = 0.0
         start = instance.initial if warm is None else np.clip(warm.primal, instance.lower, instance.upper)
-        arguments = [start, np.concatenate([*instance.parameters, np.zeros(0)]), instance.lower, instance.upper]
+        arguments = [
+            start,
+            np.concatenate([*instance.parameters, np.zeros(0)]),
+            instance.lower,
+            instance.upper,
+        ]
         arguments += [limits, np.zeros(rows), *_multipliers(warm, len(start), rows)]
         with self._lock:
             if self._stopwatch is not None:
@@ -305,26 +341,33 @@ class _Conic:
         found = self._solver(**data)
         x, lam_a, lam_x = found["x"], found["lam_a"], found["lam_x"]
         inputs = [*parameters, lower, upper, x0, lam_x0, lam_a0]
-        outputs = [x, lam_a, lam_x, _residual(data, x, lam_a, lam_x)]
-        self._batch = Kernel(ca.Function("batch", inputs, [ca.densify(output) for output in outputs]))
+        # Where a solver fails, the rest of the map is not computed and its memory is left as it was found:
+        # a mark that differs from call to call tells whether a sample's numbers are this call's.
+        mark = ca.MX.sym("mark")
+        outputs = [x, lam_a, lam_x, _residual(data, x, lam_a, lam_x) + mark]
+        self._batch = Kernel(ca.Function("batch", [*inputs, mark], [ca.densify(out) for out in outputs]))
         self._data = ca.Function("data", inputs, list(data.values()))
         self._lock = threading.Lock()
 
     def solve_batch(self, batch: Batch) -> list[Point]:
         program, warm = batch.program, batch.warm_start or [None] * len(batch)
         n, rows, m = program.variables.size, program.constraints, program.equality.size
-        lam_x, lam_a = (np.stack(side) for side in zip(*(_multipliers(w, n, rows) for w in warm), strict=True))
+        lam_x, lam_a = (
+            np.stack(side) for side in zip(*(_multipliers(w, n, rows) for w in warm), strict=True)
+        )
         start = np.stack([np.zeros(n) if w is None else w.primal for w in warm])
         arguments = [*batch.parameters, batch.lower, batch.upper, start, lam_x, lam_a]
         try:
-            x, lam_a, lam_x, residual = self._batch(*arguments)
+            mark = 1000.0 + 618.0339887 * next(_MARKS) % 1000.0  # a number that no other array holds
+            x, lam_a, lam_x, marked = self._batch(*arguments, np.array([mark]))
+            solved = np.abs(marked[:, 0] - mark) <= _SOLVED
         except RuntimeError as error:  # of one sample, and none says which
             _propagate_interrupt(str(error))
             return [self._again(batch, i, arguments) for i in range(len(batch))]
         stats = {"return_status": "solved", "success": True}
         return [
             _point(batch.method, m, batch.lower[i], batch.upper[i], x[i], lam_a[i], lam_x[i], stats)
-            if residual[i, 0] <= _SOLVED
+            if solved[i]
             else self._again(batch, i, arguments)
             for i in range(len(batch))
         ]
@@ -385,7 +428,14 @@ def _multipliers(warm: Point | None, n: int, rows: int) -> tuple[Array, Array]:
 
 
 def _point(
-    method: str, m: int, lower: Array, upper: Array, x: Array, lam_g: Array, lam_x: Array, stats: Mapping[str, Any]
+    method: str,
+    m: int,
+    lower: Array,
+    upper: Array,
+    x: Array,
+    lam_g: Array,
+    lam_x: Array,
+    stats: Mapping[str, Any],
 ) -> Point:
     message = str(stats["return_status"])
     _propagate_interrupt(message)
@@ -488,6 +538,8 @@ def _native(method: str, options: Options, warm: bool) -> dict[str, Any]:
         flat.update(dict.fromkeys(plugin.tolerance, options.tolerance))
     if options.time_limit is not None and plugin.time_limit is not None:
         flat[plugin.time_limit] = options.time_limit
+    if method == "sqpmethod" and "qpsol" in options.native:
+        del flat["qpsol_options.daqp"]
     own = set(ca.nlpsol_options(method) if method in _NLPSOL else ca.conic_options(method))
     for name, value in options.native.items():
         if name == method and isinstance(value, Mapping):  # as CasADi itself nests them

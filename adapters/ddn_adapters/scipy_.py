@@ -38,6 +38,8 @@ _SMOOTH = frozenset({Feature.NONCONVEX, Feature.CALLBACKS, Feature.NONSMOOTH})
 _CONSTRAINED = frozenset({Feature.BOUNDS, Feature.EQUALITY, Feature.INEQUALITY})
 _UNBOUNDED = -1e20  # an objective below this is on its way to minus infinity
 _VIOLATION = 1e-4  # trust-constr stops with status 2 at an infeasible stationary point, too
+_NO_DESCENT = 8  # how SLSQP ends when rounding is larger than ftol; a looser one tells whether it has arrived
+_CONFIRM = 1e-7
 _SPARSE_FROM = 200  # variables; below, trust-constr factorises dense Jacobians, rank-deficient ones too
 
 
@@ -197,15 +199,20 @@ def _slsqp(instance: Instance, at: _Evaluator, options: dict[str, Any]) -> Point
             "jac": lambda z: sign * at.jacobian(z)[part],
         }
 
-    found = minimize(
-        at.objective,
-        at.z,
-        jac=at.gradient,
-        method="SLSQP",
-        bounds=Bounds(instance.lower, instance.upper),
-        constraints=[constraint(*row) for row in rows],
-        options=options,
-    )
+    def run(z: Array, options: dict[str, Any]) -> Any:
+        return minimize(
+            at.objective,
+            z,
+            jac=at.gradient,
+            method="SLSQP",
+            bounds=Bounds(instance.lower, instance.upper),
+            constraints=[constraint(*row) for row in rows],
+            options=options,
+        )
+
+    found = run(at.z, options)
+    if found.status == _NO_DESCENT and run(found.x, {**options, "ftol": _CONFIRM, "maxiter": 1}).success:
+        found.status = 0
     multipliers = np.asarray(found.multipliers, dtype=float)
     return _point(instance, found, equality=-multipliers[:m], inequality=multipliers[m:])
 
@@ -221,7 +228,9 @@ def _trust_constr(instance: Instance, at: _Evaluator, options: dict[str, Any]) -
         low = np.concatenate([np.zeros(m), np.full(rows - m, -np.inf)])
         jacobian = at.jacobian if n < _SPARSE_FROM else at.sparse_jacobian
         constraints.append(
-            NonlinearConstraint(at.constraints, low, np.zeros(rows), jacobian, lambda z, v: at.hessian(z, v, 0.0))
+            NonlinearConstraint(
+                at.constraints, low, np.zeros(rows), jacobian, lambda z, v: at.hessian(z, v, 0.0)
+            )
         )
     bounded = np.isfinite(instance.lower).any() or np.isfinite(instance.upper).any()
     # Trial points keep to the bounds, where the start does: beyond them a logarithm may have no value.

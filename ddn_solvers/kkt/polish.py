@@ -21,7 +21,7 @@ from ddn_solvers.residuals import Bound, Evaluation, PrimalDual
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 _MAX_STEPS = 8
-_CONVERGED = 1e-7  # relative step after which, the convergence being quadratic, another is rounding
+_CONVERGED = 1e-9  # relative step after which, the convergence being quadratic, another is rounding
 _SIGN = 1e-11  # scaled slack or multiplier that counts as negative
 
 

@@ -48,8 +48,10 @@ class Kernel:
         for i, array in enumerate(arrays):
             if array.size:
                 flat = np.ascontiguousarray(array, dtype=np.float64).reshape(-1)
+                if not flat.flags.writeable:  # the buffer takes nothing else
+                    flat = flat.copy()
                 held.append(flat)
-                buffer.set_arg(i, memoryview(flat) if flat.flags.writeable else memoryview(flat.copy()))
+                buffer.set_arg(i, memoryview(flat))
         for i, output in enumerate(outputs):
             if output.size:
                 buffer.set_res(i, memoryview(output.reshape(-1)))
