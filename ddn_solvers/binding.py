@@ -144,7 +144,7 @@ def _flatten(tensor: torch.Tensor, block: Block, own: Shape, whole: Shape) -> to
     tensor = tensor.to("cpu", torch.float64)
     if not own:
         return tensor.reshape(block.size)
-    return tensor.expand(*whole, *block.shape).reshape(math.prod(whole), block.size)
+    return tensor.expand((*whole, *block.shape)).reshape(math.prod(whole), block.size)
 
 
 def check_finite(program: Program, blocks: Sequence[Array]) -> None:
@@ -201,5 +201,5 @@ def flat_point(variables: Layout, tensors: Mapping[str, torch.Tensor], batch: Sh
     flat = torch.zeros(math.prod(batch), variables.size, dtype=torch.float64)
     for name, tensor in tensors.items():
         block = variables.by_name[name]
-        flat[:, block.start : block.stop] = tensor.expand(*batch, *block.shape).reshape(len(flat), block.size)
+        flat[:, block.start : block.stop] = tensor.expand((*batch, *block.shape)).reshape(len(flat), block.size)
     return flat.numpy()

@@ -130,9 +130,12 @@ class Evaluation:
 
     @cached_property
     def force(self) -> Array:
-        """The largest force at the point, (B, 1): the unit of multipliers."""
-        forces = np.maximum(_largest(self.first.gradient), _largest(self.point.y * self.row_norms))
-        forces = np.maximum(forces, _largest(self.hessian.reshape(len(forces), -1)) * self.size[:, 0])
+        """The unit of multipliers, (B, 1): the largest force that the objective exerts at the point or nearby.
+
+        Multipliers do not enter it: where the objective exerts none, theirs is rounding.
+        """
+        curvature = np.abs(self.hessian).max(axis=(1, 2), initial=0.0) * self.size[:, 0]
+        forces = np.maximum(_largest(self.first.gradient), curvature)
         return np.where(forces > 0, forces, 1.0)[:, None]
 
     @cached_property

@@ -242,7 +242,7 @@ class Sensitivity:
 
     def _expand(self, where: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> Array:
         try:
-            whole = tensor.expand(*self.binding.batch, *shape)
+            whole = tensor.expand((*self.binding.batch, *shape))
         except RuntimeError as error:
             expected = f"a tensor that broadcasts to {(*self.binding.batch, *shape)}"
             raise ProblemError(f"{where} has the wrong shape", expected=expected, got=str(tuple(tensor.shape))) from error

@@ -17,6 +17,7 @@ from ddn_solvers.assembly import assemble
 from ddn_solvers.binding import Binding, bind, check_finite, flat_point, initial_batch
 from ddn_solvers.captures import Overrides
 from ddn_solvers.certificate import Certificate, certify
+from ddn_solvers.diagnosis import diagnose, nearest_feasible
 from ddn_solvers.errors import (
     BackendCannotSolve,
     BackendNotInstalled,
@@ -47,6 +48,8 @@ AUTO: Mapping[ProblemClass, tuple[str, ...]] = {
     ProblemClass.NLP: ("casadi:ipopt", "scipy:SLSQP"),
 }
 AUTO_NONSMOOTH = ("cvxpy:CLARABEL", "casadi:ipopt", "scipy:SLSQP")
+# Statuses that say less than a look at the constraints can.
+_UNEXPLAINED = (Status.NUMERICAL_ERROR, Status.NOT_A_KKT_POINT, Status.BACKEND_ERROR)
 # Slack, relative, within which a constraint may be active when a backend gives no multipliers.
 _NEARLY_ACTIVE = 1e-5
 
@@ -105,7 +108,7 @@ def solve_captured(
     start, start_batch = initial_batch(program.variables, initial)
     binding = bind(program, parameters, program.graph.read_captures(overrides), start_batch)
     if start and start_batch != binding.batch:
-        start = {k: v.expand(*binding.batch, *program.variables.by_name[k].shape) for k, v in start.items()}
+        start = {k: v.expand((*binding.batch, *program.variables.by_name[k].shape)) for k, v in start.items()}
     search = Search(
         program=program,
         policy=policy,
@@ -263,6 +266,8 @@ class Search:
             self._judge(route, points, bound, remaining, best, open_)
         if refusal is not None and all(not name for name in self.backend):
             raise refusal
+        self._solve_determined(bound, best)
+        self._diagnose(bound, best)
         return self._outputs(bound, best)
 
     def _start(self, samples: int) -> Array:
@@ -327,6 +332,31 @@ class Search:
             linear = self.program.problem_class in (ProblemClass.LP, ProblemClass.QP)
             open_[i] = not (solved or (decided and linear))
 
+    def _solve_determined(self, bound: Bound, best: PrimalDual) -> None:
+        """More equations than variables, which backends refuse, leave at most one point: find that."""
+        failed = np.flatnonzero([status in _UNEXPLAINED for status in self.status])
+        if self.program.equality.size <= self.program.variables.size or not failed.size:
+            return
+        part = bound.take(failed)
+        z = np.stack([nearest_feasible(self.program, bound.take([i]), best.z[i]) for i in failed])
+        start = least_squares_multipliers(self.program, part, z, _NEARLY_ACTIVE)
+        verified = verify(self.program, part, start, self.policy, self.dtype)
+        for k in np.flatnonzero(verified.optimal):
+            for name in ("z", "y", "lower", "upper"):
+                getattr(best, name)[failed[k]] = getattr(verified.evaluation.point, name)[k]
+            self.status[failed[k]], self.reasons[failed[k]] = Status.OPTIMAL, ""
+            self.method[failed[k]] = "gauss-newton"
+
+    def _diagnose(self, bound: Bound, best: PrimalDual) -> None:
+        """Tell infeasible and unbounded samples where the backend could not."""
+        limited = self.options.max_iter is not None or self.options.time_limit is not None
+        for i, status in enumerate(self.status):
+            if status in _UNEXPLAINED or (status is Status.ITERATION_LIMIT and not limited):
+                found = diagnose(self.program, bound.take([i]), best.z[i], self.policy.accuracy)
+                if found is not None:
+                    self.status[i], why = found
+                    self.reasons[i] = "; ".join(text for text in (why, self.reasons[i]) if text)
+
     def _outputs(self, bound: Bound, best: PrimalDual) -> Outputs:
         assert self.operation is not None
         converged = np.array([status is Status.OPTIMAL for status in self.status], dtype=bool)
@@ -351,6 +381,9 @@ def _verdict(point: Point, verified: Status, reason: str) -> tuple[Status, str]:
 def _with_multipliers(program: Program, bound: Bound, points: list[Point]) -> PrimalDual:
     """The backend's multipliers where it gave them all, else those of least squares."""
     z = np.stack([point.primal for point in points]).astype(float)
+    if program.degree("objective") == 0:  # feasibility: nothing pushes against the constraints
+        zero = np.zeros_like(z)
+        return PrimalDual(z, np.zeros((len(z), program.constraints)), zero, zero.copy())
     given = [_stacked_multipliers(program, point) for point in points]
     y, lower, upper = (np.zeros((len(z), size)) for size in (program.constraints, z.shape[1], z.shape[1]))
     missing = np.array([g is None for g in given], dtype=bool)

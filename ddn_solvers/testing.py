@@ -808,12 +808,16 @@ def _flat_answer(case: Case, batch: Batch) -> _Answer:
             return np.zeros((samples, 0))
         return layout.join(expanded).reshape(samples, -1).numpy()
 
-    dual = case.dual and {
-        "equality": flat(program.equality, case.dual.equality),
-        "inequality": flat(program.inequality, case.dual.inequality),
-        "lower": flat(program.variables, case.dual.lower),
-        "upper": flat(program.variables, case.dual.upper),
-    }
+    dual = (
+        None
+        if case.dual is None
+        else {
+            "equality": flat(program.equality, case.dual.equality),
+            "inequality": flat(program.inequality, case.dual.inequality),
+            "lower": flat(program.variables, case.dual.lower),
+            "upper": flat(program.variables, case.dual.upper),
+        }
+    )
     objective = np.zeros(samples) if case.objective is None else case.objective.double().reshape(-1).numpy()
     return _Answer(flat(program.variables, case.primal), objective, dual)
 

@@ -325,7 +325,9 @@ ROUTES = {
     "keyword-only": keyword_only,
     "helper": through_helper,
     "partial": by_partial,
-    "parameter-list": lambda w: (lambda held: lambda u, x: (u - held[0] * x).square().sum())(nn.ParameterList([w])),
+    "parameter-list": lambda w: (lambda held: lambda u, x: (u - held[0] * x).square().sum())(
+        nn.ParameterList([w])
+    ),
 }
 
 
@@ -333,7 +335,11 @@ ROUTES = {
 @pytest.mark.parametrize("kind", ["leaf", "non-leaf", "parameter"])
 def test_a_captured_tensor_gets_its_gradient_by_every_route(route, kind):
     base = leaf(1.25)
-    weight = {"leaf": lambda: base, "non-leaf": lambda: base * 2, "parameter": lambda: nn.Parameter(base.detach())}[kind]()
+    weight = {
+        "leaf": lambda: base,
+        "non-leaf": lambda: base * 2,
+        "parameter": lambda: nn.Parameter(base.detach()),
+    }[kind]()
     if route is ROUTES["parameter-list"]:
         if kind == "non-leaf":
             return  # a ParameterList holds parameters only
@@ -438,7 +444,9 @@ def test_float32_constants_inside_functions(build, dtype):
 def test_tied_weights_get_the_sum_of_their_gradients():
     net = nn.ModuleDict({"a": nn.Linear(3, 3, bias=False), "b": nn.Linear(3, 3, bias=False)}).double()
     net["b"].weight = net["a"].weight
-    problem = ddn.Problem({"u": (3,)}, {"x": (3,)}, lambda u, x: (u - net["a"](x)).square().sum() + net["b"](u).square().sum())
+    problem = ddn.Problem(
+        {"u": (3,)}, {"x": (3,)}, lambda u, x: (u - net["a"](x)).square().sum() + net["b"](u).square().sum()
+    )
     loss = lambda: ddn.solve(problem, {"x": X}, solver="scipy:SLSQP")["u"].sum()  # noqa: E731
     loss().backward()
     assert torch.allclose(net["a"].weight.grad, central(loss, net["a"].weight), rtol=0, atol=1e-8)
@@ -447,7 +455,9 @@ def test_tied_weights_get_the_sum_of_their_gradients():
 def test_untying_weights_is_seen():
     net = nn.ModuleDict({"a": nn.Linear(3, 3, bias=False), "b": nn.Linear(3, 3, bias=False)}).double()
     net["b"].weight = net["a"].weight
-    problem = ddn.Problem({"u": (3,)}, {"x": (3,)}, lambda u, x: (u - net["a"](x)).square().sum() + net["b"](u).square().sum())
+    problem = ddn.Problem(
+        {"u": (3,)}, {"x": (3,)}, lambda u, x: (u - net["a"](x)).square().sum() + net["b"](u).square().sum()
+    )
     ddn.solve(problem, {"x": X}, solver="scipy:SLSQP")
     net["b"].weight = nn.Parameter(torch.zeros(3, 3, dtype=D))
     u = ddn.solve(problem, {"x": X}, solver="scipy:SLSQP")["u"]
@@ -456,7 +466,9 @@ def test_untying_weights_is_seen():
 
 def test_parametrised_modules_get_gradients():
     net = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)).double()
-    problem = ddn.Problem({"u": (3,)}, {"x": (3,)}, lambda u, x: (u - net(x)).square().sum() + net(u).square().sum())
+    problem = ddn.Problem(
+        {"u": (3,)}, {"x": (3,)}, lambda u, x: (u - net(x)).square().sum() + net(u).square().sum()
+    )
     loss = lambda: ddn.solve(problem, {"x": X}, solver="scipy:SLSQP")["u"].sum()  # noqa: E731
     loss().backward()
     for name, weight in net.named_parameters():
@@ -465,7 +477,9 @@ def test_parametrised_modules_get_gradients():
 
 def test_a_frozen_module_costs_no_gradient_and_others_still_get_theirs():
     net, w = mlp().requires_grad_(False), leaf(1.0)
-    problem = ddn.Problem({"u": (3,)}, {"x": (3,)}, lambda u, x: (u - w * x).square().sum() + net(u).square().sum())
+    problem = ddn.Problem(
+        {"u": (3,)}, {"x": (3,)}, lambda u, x: (u - w * x).square().sum() + net(u).square().sum()
+    )
     ddn.solve(problem, {"x": X}, solver="scipy:SLSQP")["u"].sum().backward()
     assert w.grad is not None
     assert all(p.grad is None for p in net.parameters())
@@ -483,7 +497,9 @@ def test_second_order_gradient_to_a_capture():
 
 def test_multipliers_and_objective_carry_gradients_to_captures():
     w = leaf(2.0)
-    problem = ddn.Problem({"u": (3,)}, {"x": (3,)}, lambda u, x: 0.5 * (u - x).square().sum(), {"sum": lambda u: u.sum() - w})
+    problem = ddn.Problem(
+        {"u": (3,)}, {"x": (3,)}, lambda u, x: 0.5 * (u - x).square().sum(), {"sum": lambda u: u.sum() - w}
+    )
     solution = ddn.solve(problem, {"x": X}, solver="scipy:SLSQP")
     (dual,) = torch.autograd.grad(solution.dual.equality["sum"], w, retain_graph=True)
     (value,) = torch.autograd.grad(solution.objective, w)
@@ -507,9 +523,14 @@ def factor(layer, x=X):
 
 def test_names_in_the_layer_are_those_in_the_functions():
     net, bare = mlp(), nn.Parameter(torch.ones(3, dtype=D))
-    problem = ddn.Problem({"u": (3,)}, {"x": (3,)}, lambda u, x: (u - bare * x).square().sum() + net(u).square().sum())
+    problem = ddn.Problem(
+        {"u": (3,)}, {"x": (3,)}, lambda u, x: (u - bare * x).square().sum() + net(u).square().sum()
+    )
     layer = ddn.DeclarativeLayer(problem)
-    assert set(dict(layer.named_parameters())) == {"bare", *(f"net.{name}" for name, _ in net.named_parameters())}
+    assert set(dict(layer.named_parameters())) == {
+        "bare",
+        *(f"net.{name}" for name, _ in net.named_parameters()),
+    }
     assert set(layer.state_dict()) == set(dict(layer.named_parameters()))
 
 
@@ -701,7 +722,9 @@ def named_plane(u):
 
 def test_a_layer_of_named_functions_is_picklable():
     problem = ddn.Problem({"u": (3,)}, {"x": (3,)}, named_objective, named_plane, bounds={"u": (-5.0, None)})
-    layer = ddn.DeclarativeLayer(problem, solver="scipy:SLSQP", options={"max_iter": 50}, policy=ddn.Policy("nan"))
+    layer = ddn.DeclarativeLayer(
+        problem, solver="scipy:SLSQP", options={"max_iter": 50}, policy=ddn.Policy("nan")
+    )
     clone = pickle.loads(pickle.dumps(layer))
     assert torch.equal(clone(X), layer(X))
     assert clone.policy == layer.policy
@@ -712,7 +735,9 @@ def test_a_layer_of_named_functions_is_picklable():
 
 
 def test_a_pickled_layer_keeps_its_own_weights():
-    layer = ddn.DeclarativeLayer(ddn.Problem({"u": (3,)}, {"x": (3,)}, named_objective_with_weight), solver="scipy:SLSQP")
+    layer = ddn.DeclarativeLayer(
+        ddn.Problem({"u": (3,)}, {"x": (3,)}, named_objective_with_weight), solver="scipy:SLSQP"
+    )
     data = pickle.dumps(layer)
     with torch.no_grad():
         WEIGHT.fill_(7.0)

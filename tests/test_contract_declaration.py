@@ -317,7 +317,9 @@ def test_a_policy_of_another_type(entry):
         run[entry]()
 
 
-@pytest.mark.parametrize("point", [X[:2], {"v": X}, X * NAN, None, {}], ids=["shape", "name", "nan", "none", "empty"])
+@pytest.mark.parametrize(
+    "point", [X[:2], {"v": X}, X * NAN, None, {}], ids=["shape", "name", "nan", "none", "empty"]
+)
 @pytest.mark.parametrize("function", [ddn.sensitivity, ddn.attach], ids=["sensitivity", "attach"])
 def test_a_wrong_given_point(function, point):
     with pytest.raises(ddn.ProblemError):

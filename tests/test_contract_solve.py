@@ -43,7 +43,9 @@ PLANE_BALL = ddn.Problem(
     equality={"plane": lambda u: u.sum()},
     inequality={"ball": lambda u, r: u.square().sum() - r**2},
 )
-BOX = ddn.Problem({"u": (3,)}, {"x": (3,)}, lambda u, x: 0.5 * (u - x).square().sum(), bounds={"u": (-1.0, 1.0)})
+BOX = ddn.Problem(
+    {"u": (3,)}, {"x": (3,)}, lambda u, x: 0.5 * (u - x).square().sum(), bounds={"u": (-1.0, 1.0)}
+)
 
 
 def plane_ball(x, r):
@@ -96,7 +98,9 @@ def test_leading_batch_dimensions_broadcast(case, solver):
 def test_gradients_of_broadcast_parameters_are_summed(solver):
     x, r = rand(2, 1, 3).requires_grad_(), (0.5 + rand(3, seed=1).abs()).requires_grad_()
     v = rand(2, 3, 3, seed=2)
-    found = torch.autograd.grad((ddn.solve(PLANE_BALL, {"x": x, "r": r}, solver=solver)["u"] * v).sum(), (x, r))
+    found = torch.autograd.grad(
+        (ddn.solve(PLANE_BALL, {"x": x, "r": r}, solver=solver)["u"] * v).sum(), (x, r)
+    )
     expected = torch.autograd.grad((plane_ball(x, r) * v).sum(), (x, r))
     for a, b, p in zip(found, expected, (x, r), strict=True):
         assert a.shape == p.shape
@@ -157,7 +161,11 @@ def test_an_empty_batch(solver):
     solution["u"].sum().backward()
     assert x.grad.shape == (0, 3)
     assert r.grad == 0
-    assert ddn.solve(PLANE_BALL, {"x": torch.zeros(2, 0, 3, dtype=D), "r": r}, solver=solver)["u"].shape == (2, 0, 3)
+    assert ddn.solve(PLANE_BALL, {"x": torch.zeros(2, 0, 3, dtype=D), "r": r}, solver=solver)["u"].shape == (
+        2,
+        0,
+        3,
+    )
     assert solution.certificate.ok.shape == (0,)
 
 
@@ -295,7 +303,9 @@ def test_a_loose_backend_tolerance_still_gives_an_exact_point(solver):
 
 
 def test_solution_is_the_whole_story():
-    s = ddn.solve(EXAMPLE, {"x": torch.tensor([1.0, 2.0, -4.0], dtype=D), "r": 3.0}, policy=ddn.Policy("mask"))
+    s = ddn.solve(
+        EXAMPLE, {"x": torch.tensor([1.0, 2.0, -4.0], dtype=D), "r": 3.0}, policy=ddn.Policy("mask")
+    )
     assert s["u"] is s.primal["u"]
     with pytest.raises(KeyError):
         s["v"]
@@ -328,11 +338,11 @@ def test_the_initial_point_chooses_the_minimum(solver):
 
 
 def test_initial_may_bring_the_batch_and_part_of_the_variables():
-    u = ddn.solve(TWO_WELLS, {"x": torch.tensor(1.0, dtype=D)}, initial=torch.tensor([-2.0, 2.0], dtype=D))["u"]
+    u = ddn.solve(TWO_WELLS, {"x": torch.tensor(1.0, dtype=D)}, initial=torch.tensor([-2.0, 2.0], dtype=D))[
+        "u"
+    ]
     assert close(u, torch.tensor([-1.0, 1.0], dtype=D))
-    problem = ddn.Problem(
-        {"u": (), "v": ()}, {}, lambda u, v: (u.square() - 1).square() + (v - 3).square()
-    )
+    problem = ddn.Problem({"u": (), "v": ()}, {}, lambda u, v: (u.square() - 1).square() + (v - 3).square())
     s = ddn.solve(problem, {}, initial={"u": torch.tensor(-2.0, dtype=D)})
     assert close(s["u"], torch.tensor(-1.0, dtype=D))
 
@@ -366,7 +376,12 @@ def test_a_warm_start_is_a_solution(solver):
 
 
 def test_a_warm_start_keeps_the_minimum():
-    first = ddn.solve(TWO_WELLS, {"x": torch.tensor(1.0, dtype=D)}, solver="casadi:ipopt", initial=torch.tensor(-2.0, dtype=D))
+    first = ddn.solve(
+        TWO_WELLS,
+        {"x": torch.tensor(1.0, dtype=D)},
+        solver="casadi:ipopt",
+        initial=torch.tensor(-2.0, dtype=D),
+    )
     again = ddn.solve(TWO_WELLS, {"x": torch.tensor(1.1, dtype=D)}, solver="casadi:ipopt", warm_start=first)
     assert close(again["u"], torch.tensor(-1.1, dtype=D))
 
@@ -413,7 +428,10 @@ def test_wrong_solver_names(case, entry):
 
 
 NONCONVEX = ddn.Problem(
-    {"u": (2,)}, {"x": (2,)}, lambda u, x: (u - x).square().sum(), equality={"circle": lambda u: u.square().sum() - 1.0}
+    {"u": (2,)},
+    {"x": (2,)},
+    lambda u, x: (u - x).square().sum(),
+    equality={"circle": lambda u: u.square().sum() - 1.0},
 )
 
 
@@ -434,7 +452,9 @@ def test_a_list_skips_what_cannot_and_fails_over_per_sample():
     assert s.converged.all()
 
 
-@pytest.mark.parametrize("solver", [("scipy:SLSQP", "casadi:ipopt"), ["casadi:ipopt", "auto"], ["cvxpy", "scipy"]])
+@pytest.mark.parametrize(
+    "solver", [("scipy:SLSQP", "casadi:ipopt"), ["casadi:ipopt", "auto"], ["cvxpy", "scipy"]]
+)
 def test_lists_of_solvers(solver):
     x, r = rand(2, 3), torch.tensor(0.5, dtype=D)
     assert close(ddn.solve(PLANE_BALL, {"x": x, "r": r}, solver=solver)["u"], plane_ball(x, r))
@@ -462,7 +482,11 @@ def test_every_adapter_translates_the_common_options(solver, options):
     assert close(ddn.solve(BOX, {"x": x}, solver=solver, options=options)["u"], x.clamp(-1, 1))
 
 
-NATIVE = {"scipy:SLSQP": {"ftol": 1e-14}, "cvxpy:CLARABEL": {"tol_gap_abs": 1e-10}, "casadi:ipopt": {"ipopt.mu_init": 0.01}}
+NATIVE = {
+    "scipy:SLSQP": {"ftol": 1e-14},
+    "cvxpy:CLARABEL": {"tol_gap_abs": 1e-10},
+    "casadi:ipopt": {"ipopt.mu_init": 0.01},
+}
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -473,7 +497,9 @@ def test_native_options(solver):
 
 def test_ipopt_options_by_their_own_names():
     x = 2 * rand(3)
-    assert close(ddn.solve(BOX, {"x": x}, solver="casadi:ipopt", options={"mu_init": 0.01})["u"], x.clamp(-1, 1))
+    assert close(
+        ddn.solve(BOX, {"x": x}, solver="casadi:ipopt", options={"mu_init": 0.01})["u"], x.clamp(-1, 1)
+    )
 
 
 @pytest.mark.parametrize("bad", [{"max_iter": 0}, {"max_iter": -1}, {"max_iter": 1.5}, {"max_iter": "ten"},
@@ -499,11 +525,15 @@ def test_an_iteration_limit_is_reported(solver):
 @pytest.mark.parametrize("solver", ["scipy:SLSQP", "casadi:ipopt"])
 def test_a_time_limit_is_reported(solver):
     slow = ddn.Problem(
-        {"u": (30,)}, {"x": ()}, lambda u, x: (x * (u[1:] - u[:-1].square()).square() + (1 - u[:-1]).square()).sum()
+        {"u": (30,)},
+        {"x": ()},
+        lambda u, x: (x * (u[1:] - u[:-1].square()).square() + (1 - u[:-1]).square()).sum(),
     )
     begun = time.perf_counter()
     with pytest.raises(ddn.SolveError) as caught:
-        ddn.solve(slow, {"x": 1e4}, solver=solver, options={"time_limit": 1e-4}, initial=-torch.ones(30, dtype=D))
+        ddn.solve(
+            slow, {"x": 1e4}, solver=solver, options={"time_limit": 1e-4}, initial=-torch.ones(30, dtype=D)
+        )
     assert caught.value.solution.status == (ddn.Status.TIME_LIMIT,)
     assert time.perf_counter() - begun < 10
 
@@ -694,7 +724,11 @@ def test_warnings_are_raised_each_time_anew():
 SADDLES = {
     "saddle": (lambda u, x: (u[0] - x[0]).square() - (u[1] - x[1]).square(), {}, torch.zeros(2)),
     "maximum-between-bounds": (lambda u, x: -(u * u).sum(), {"bounds": {"u": (-1.0, 1.0)}}, torch.zeros(2)),
-    "worst-on-circle": (lambda u, x: (u - x).square().sum(), {"equality": {"c": lambda u: u.square().sum() - 1}}, None),
+    "worst-on-circle": (
+        lambda u, x: (u - x).square().sum(),
+        {"equality": {"c": lambda u: u.square().sum() - 1}},
+        None,
+    ),
 }
 
 
@@ -705,7 +739,9 @@ def test_a_stationary_point_that_is_no_minimum_never_passes(case, solver):
     x = torch.tensor([0.6, 0.8], dtype=D) if start is None else torch.zeros(2, dtype=D)
     start = -x if start is None else start.double()
     policy = ddn.Policy("mask")
-    s = ddn.solve(ddn.Problem({"u": (2,)}, {"x": (2,)}, objective, **fields), {"x": x}, solver, start, policy=policy)
+    s = ddn.solve(
+        ddn.Problem({"u": (2,)}, {"x": (2,)}, objective, **fields), {"x": x}, solver, start, policy=policy
+    )
     if s.status == (S.OPTIMAL,):  # the backend got away from it: then it has to be a minimum
         assert s.certificate.sosc
         assert objective(s["u"], x) < objective(start, x) - 1e-3
@@ -745,7 +781,10 @@ def test_all_variables_fixed(solver):
     b = torch.tensor([1.0, -2.0], dtype=D, requires_grad=True)
     s = ddn.solve(problem, {"b": b}, solver=solver)
     assert close(s["u"], b, 1e-12)
-    assert close(torch.autograd.functional.jacobian(lambda b: ddn.solve(problem, {"b": b}, solver=solver)["u"], b), torch.eye(2, dtype=D))
+    assert close(
+        torch.autograd.functional.jacobian(lambda b: ddn.solve(problem, {"b": b}, solver=solver)["u"], b),
+        torch.eye(2, dtype=D),
+    )
     assert s.certificate.ok
 
 
@@ -753,7 +792,9 @@ def test_all_variables_fixed(solver):
 def test_tensor_bounds_with_infinities(solver):
     low, high = torch.tensor([-INF, 0.0, -INF], dtype=D), torch.tensor([1.0, INF, INF], dtype=D)
     x = torch.tensor([3.0, -3.0, 5.0], dtype=D, requires_grad=True)
-    problem = ddn.Problem({"u": (3,)}, {"x": (3,)}, lambda u, x: 0.5 * (u - x).square().sum(), bounds={"u": (low, high)})
+    problem = ddn.Problem(
+        {"u": (3,)}, {"x": (3,)}, lambda u, x: 0.5 * (u - x).square().sum(), bounds={"u": (low, high)}
+    )
     s = ddn.solve(problem, {"x": x}, solver=solver)
     assert close(s["u"], torch.tensor([1.0, 0.0, 5.0], dtype=D))
     s["u"].sum().backward()
@@ -793,7 +834,9 @@ def test_underdetermined_feasibility_is_minimum_norm_and_reported():
 @pytest.mark.parametrize("solver", ["scipy:SLSQP", "casadi:ipopt"])
 def test_feasibility_by_branch(start, solver):
     """The paper's (33): find u with (u - 1)^2 = x^2: y = 1 +- x, Dy = +-1 by branch."""
-    problem = ddn.Problem({"u": ()}, {"x": ()}, None, equality={"branch": lambda u, x: (u - 1).square() - x.square()})
+    problem = ddn.Problem(
+        {"u": ()}, {"x": ()}, None, equality={"branch": lambda u, x: (u - 1).square() - x.square()}
+    )
     x = torch.tensor(0.5, dtype=D, requires_grad=True)
     u = ddn.solve(problem, {"x": x}, solver=solver, initial=torch.tensor(start, dtype=D))["u"]
     sign = 1.0 if start > 1 else -1.0
@@ -805,7 +848,9 @@ def test_feasibility_by_branch(start, solver):
 @pytest.mark.parametrize("low", [1.0, -1.0, 2.5, 3.0])
 @pytest.mark.parametrize("solver", [*SOLVERS, "scipy:highs", "casadi:daqp", "auto"])
 def test_feasibility_with_inequalities_and_bounds_only(solver, low):
-    problem = ddn.Problem({"u": (2,)}, {"x": (2,)}, None, inequality={"half": lambda u, x: x - u}, bounds={"u": (None, 3.0)})
+    problem = ddn.Problem(
+        {"u": (2,)}, {"x": (2,)}, None, inequality={"half": lambda u, x: x - u}, bounds={"u": (None, 3.0)}
+    )
     s = ddn.solve(problem, {"x": torch.full((2,), low, dtype=D)}, solver=solver)
     assert (s["u"] >= low - 1e-8).all()
     assert (s["u"] <= 3 + 1e-8).all()
@@ -813,7 +858,9 @@ def test_feasibility_with_inequalities_and_bounds_only(solver, low):
 
 
 def test_constraints_without_elements():
-    problem = ddn.Problem({"u": (3,)}, {"x": (3,)}, lambda u, x: (u - x).square().sum(), equality={"none": lambda u: u[:0]})
+    problem = ddn.Problem(
+        {"u": (3,)}, {"x": (3,)}, lambda u, x: (u - x).square().sum(), equality={"none": lambda u: u[:0]}
+    )
     s = ddn.solve(problem, {"x": rand(3)})
     assert s.dual.equality["none"].shape == (0,)
     assert close(s["u"], rand(3))

@@ -83,7 +83,8 @@ def test_the_code_in_the_docs_runs(page: str) -> None:
 def test_the_adapter_in_the_adapters_readme_works(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_registered", dict(registry._registered))  # undone afterwards
     monkeypatch.setattr(registry, "_adapters", dict(registry._adapters))
-    run_blocks("adapters/README.md")
+    ran = run_blocks("adapters/README.md")
+    assert ran["checked"]
     assert "numpy" in backends()
     with pytest.raises(Exception, match="registered already"):
         register("numpy", registry.adapter("scipy").__class__)

@@ -241,7 +241,7 @@ class CasADiAdapter(Adapter):
             )
             return self.solve_batch(alone)[0]
         warm = instance.warm_start is not None and instance.warm_start.lower is not None
-        model = _memo(_Nonlinear, program, method, instance.options, warm)
+        model: _Nonlinear = _memo(_Nonlinear, program, method, instance.options, warm)
         try:
             return model.solve(instance)
         except Exception as error:
@@ -252,7 +252,7 @@ class CasADiAdapter(Adapter):
         _refuse(self.method(batch.method), batch.program)
         if batch.method in _NLPSOL:
             return super().solve_batch(batch)
-        model = _memo(_Conic, batch.program, batch.method, batch.options, False)
+        model: _Conic = _memo(_Conic, batch.program, batch.method, batch.options, False)
         with _silent(batch.method):
             return model.solve_batch(batch)
 
@@ -268,10 +268,15 @@ class _Nonlinear:
         functions, rows = program.functions, program.constraints
         z, p, blocks = _symbols(program)
         y, sigma = ca.MX.sym("y", rows), ca.MX.sym("sigma")
-        f, c = functions.values(z, *blocks)
-        _, gradient, _, nonzeros = functions.first_order(z, *blocks)
+
+        def inlined(function: Any, *more: Any) -> Any:
+            """As expressions, so that each function below evaluates no more than it returns."""
+            return function.call([z, *blocks, *more], program.compiled, False)
+
+        f, c = inlined(functions.values)
+        _, gradient, _, nonzeros = inlined(functions.first_order)
         jacobian = _matrix(program.jacobian_pattern, nonzeros)
-        hessian = _matrix(program.hessian_pattern, functions.hessian(z, *blocks, y, sigma))
+        hessian = _matrix(program.hessian_pattern, inlined(functions.hessian, y, sigma)[0])
 
         def function(name: str, outputs: list[Any], names: list[str], weights: bool = False) -> Any:
             inputs = {"x": z, "p": p, **({"lam:f": sigma, "lam:g": y} if weights else {})}

@@ -133,6 +133,8 @@ class SciPyAdapter(Adapter):
         except _OutOfTime:
             return Point(evaluator.z, Status.TIME_LIMIT, message="time limit reached")
         except Exception as error:
+            if "KeyboardInterrupt" in str(error):  # Ctrl-C inside a callback comes wrapped
+                raise KeyboardInterrupt from error
             return Point(evaluator.z, Status.BACKEND_ERROR, message=f"{type(error).__name__}: {error}")
         if not np.isfinite(point.primal).all():
             worse = Status.NUMERICAL_ERROR if point.status is Status.OPTIMAL else point.status
@@ -176,7 +178,8 @@ class _Evaluator:
         return constraints
 
     def jacobian(self, z: Array) -> Array:
-        return self.program.jacobian_pattern.dense(self.first(z).jacobian)[0]
+        jacobian: Array = self.program.jacobian_pattern.dense(self.first(z).jacobian)[0]
+        return jacobian
 
     def sparse_jacobian(self, z: Array) -> Any:
         return self.program.jacobian_pattern.matrix(self.first(z).jacobian[0])

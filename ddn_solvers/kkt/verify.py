@@ -79,7 +79,7 @@ def verify(
             "complementarity": complementarity[i],
             "stationarity" if polished.singular[i] else "predicted Newton step": distance[i],
         }
-        verdict, reason = _judge(numbers, kinks[i], program.kinks, bool(bent[i]), policy.accuracy)
+        verdict, reason = _judge(numbers, evaluation.first.objective[i], kinks[i], program.kinks, bool(bent[i]), policy.accuracy)
         status.append(verdict)
         reasons.append(reason)
     return Verified(
@@ -88,9 +88,9 @@ def verify(
 
 
 def _judge(
-    numbers: dict[str, Any], kinks: Array, names: tuple[Kink, ...], bent: bool, accuracy: float
+    numbers: dict[str, Any], objective: float, kinks: Array, names: tuple[Kink, ...], bent: bool, accuracy: float
 ) -> tuple[Status, str]:
-    if not all(np.isfinite(value) for value in numbers.values()):
+    if not np.isfinite(list(numbers.values())).all() or not np.isfinite(objective):
         return Status.NUMERICAL_ERROR, "the point or the functions there are not finite"
     on = np.flatnonzero(kinks <= _ON_KINK)
     if on.size:

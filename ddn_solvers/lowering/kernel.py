@@ -36,13 +36,13 @@ class Kernel:
         """Outputs of shape (B, size), or (size,) for an output summed over the batch."""
         batch = max((a.shape[0] for a in arrays if a.ndim == 2), default=1)
         shared = tuple(i for i, a in enumerate(arrays) if a.ndim == 1)
-        function = self.function if batch == 1 else self._mapped(batch, shared)
         outputs = [
             np.empty(size if self._reduced.get(i) in shared else (batch, size))
             for i, size in enumerate(self._sizes_out)
         ]
         if batch == 0:
             return [np.zeros_like(output) for output in outputs]
+        function = self.function if batch == 1 else self._mapped(batch, shared)
         buffer, trigger = function.buffer()
         held = []  # the buffer keeps no reference to the memory
         for i, array in enumerate(arrays):

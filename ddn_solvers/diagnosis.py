@@ -1,0 +1,125 @@
+"""Why a sample has no solution, where the backend could not tell: infeasible or unbounded.
+
+Infeasible: the smallest violation of the constraints, min |(h, max(g, 0))|^2 within the bounds, is
+stationary and positive (for affine constraints that proves it; else it holds locally). Unbounded: a
+feasible ray along which the objective keeps falling, without end in sight.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ddn_solvers.program import Program
+from ddn_solvers.residuals import Bound, Evaluation, PrimalDual
+from ddn_solvers.solution import Status
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+_NAMED = 4  # conflicting constraints named in a message
+_STEPS = (1e2, 1e4, 1e6)  # along a ray, relative to max(1, |z|)
+_FALL = 1e3  # the objective has to fall by this much, relative to its scale, to count as unbounded
+
+
+def diagnose(program: Program, bound: Bound, z: Array, accuracy: float) -> tuple[Status, str] | None:
+    """Status and explanation of one failed sample, or ``None`` if nothing can be said.
+
+    Args:
+        bound: Of that sample alone, B = 1.
+        z: The last point, (n,).
+    """
+    with np.errstate(all="ignore"):
+        evaluation = _evaluate(program, bound, z)
+        if not np.isfinite(evaluation.first.constraints).all():
+            return None
+        if evaluation.scaled_feasibility[0] > accuracy:
+            return _infeasible(program, bound, nearest_feasible(program, bound, z), accuracy)
+        return _unbounded(program, bound, z, evaluation)
+
+
+def _evaluate(program: Program, bound: Bound, z: Array) -> Evaluation:
+    zero = np.zeros((1, len(z)))
+    return Evaluation.at(program, bound, PrimalDual(z[None], np.zeros((1, program.constraints)), zero, zero))
+
+
+def nearest_feasible(program: Program, bound: Bound, z: Array) -> Array:
+    """The point of smallest violation near ``z`` by Gauss and Newton's method, within the bounds, (n,)."""
+    from scipy.optimize import least_squares  # a quarter of a second to import, needed for failures only
+
+    lower, upper = bound.lower[0], bound.upper[0]
+    free = lower < upper
+    start = np.clip(z, lower, upper)
+
+    def embed(values: Array) -> Array:
+        point = start.copy()
+        point[free] = values
+        return point
+
+    def jacobian(values: Array) -> Array:
+        evaluation = _evaluate(program, bound, embed(values))
+        violated = _violation(program, bound, embed(values)) > 0
+        violated[: program.equality.size] = True
+        return (evaluation.jacobian[0] * violated[:, None])[:, free]
+
+    if not free.any():
+        return start
+    try:
+        found = least_squares(
+            lambda values: _violation(program, bound, embed(values)),
+            start[free],
+            jacobian,
+            (lower[free], upper[free]),
+            xtol=1e-15,
+            ftol=1e-15,
+            gtol=1e-15,
+            max_nfev=200,
+        )
+    except ValueError:  # numbers that are not finite: the point itself is the best there is
+        return start
+    return embed(found.x)
+
+
+def _violation(program: Program, bound: Bound, z: Array) -> Array:
+    """h and max(g, 0), (equalities + inequalities,)."""
+    c = program.values(z, bound.parameters)[1][0]
+    c[program.equality.size :] = np.maximum(c[program.equality.size :], 0)
+    return c
+
+
+def _infeasible(program: Program, bound: Bound, closest: Array, accuracy: float) -> tuple[Status, str] | None:
+    if not _evaluate(program, bound, closest).scaled_feasibility[0] > accuracy:
+        return None
+    residual = np.abs(_violation(program, bound, closest))
+    largest, equalities = residual.max(), program.equality.size
+    rows = [
+        program.equality.element(int(i)) if i < equalities else program.inequality.element(int(i) - equalities)
+        for i in np.argsort(-residual)
+        if residual[i] > 1e-2 * largest
+    ]
+    names = ", ".join(rows[:_NAMED]) + (f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else "")
+    return Status.INFEASIBLE, f"the smallest violation is {largest:.2g}, of {names}"
+
+
+def _unbounded(program: Program, bound: Bound, z: Array, evaluation: Evaluation) -> tuple[Status, str] | None:
+    objective = float(evaluation.first.objective[0])
+    scale = max(1.0, abs(objective))
+    for direction in (z, -evaluation.first.gradient[0]):
+        length = np.abs(direction).max(initial=0.0)
+        if length == 0 or not np.isfinite(length):
+            continue
+        step = direction / length * max(1.0, np.abs(z).max())
+        values, good = [], True
+        for distance in _STEPS:
+            point = np.clip(z + distance * step, bound.lower[0], bound.upper[0])
+            there = _evaluate(program, bound, point)
+            good = good and bool(there.scaled_feasibility[0] <= 1e-6)
+            values.append(float(there.first.objective[0]))
+        falls = all(b < a for a, b in zip([objective, *values], values, strict=False))
+        if good and falls and (values[-1] == -np.inf or objective - values[-1] > _FALL * scale):
+            names = ", ".join(
+                f"{program.variables.element(int(i))} {'up' if step[i] > 0 else 'down'}"
+                for i in np.argsort(-np.abs(step))[:_NAMED]
+                if step[i] != 0
+            )
+            return Status.UNBOUNDED, f"the objective falls without end along {names}"
+    return None
