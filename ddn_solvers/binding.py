@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from ddn_solvers.errors import ProblemError
 from ddn_solvers.layout import Block, Layout, Shape
@@ -49,7 +50,11 @@ class Binding:
 
 
 def bind(
-    program: Program, parameters: Mapping[str, Any] | None, captured: Sequence[torch.Tensor], batch: Shape = ()
+    program: Program,
+    parameters: Mapping[str, Any] | None,
+    captured: Sequence[torch.Tensor],
+    point: Mapping[str, torch.Tensor],
+    batch: Shape = (),
 ) -> Binding:
     """Check the parameters of one call against their declaration and flatten them.
 
@@ -57,7 +62,8 @@ def bind(
         program: The compiled problem.
         parameters: Name -> tensor (or number) of shape (*batch, *shape).
         captured: The captured tensors, in the order of the program's blocks.
-        batch: Batch shape that something else (an initial point) brings.
+        point: A point by variable; without tensors elsewhere, its dtype and device are the caller's.
+        batch: The batch shape that this point brings.
 
     Raises:
         ProblemError: A missing or unknown name, a wrong dtype or shape, batches that do not broadcast.
@@ -74,7 +80,7 @@ def bind(
         raise ProblemError(wrong, expected="exactly " + (", ".join(map(repr, declared)) or "none"))
     tensors = [as_tensor(f"parameter {name!r}", parameters[name]) for name in declared]
     given = [t for t, name in zip(tensors, declared, strict=True) if isinstance(parameters[name], torch.Tensor)]
-    source = given or list(captured)
+    source = given or list(captured) or list(point.values())
     dtype, device = common(source)
     own = [
         _batch_of(f"parameter {name!r}", tensor, shape)
@@ -188,9 +194,9 @@ def initial_batch(variables: Layout, initial: Any, what: str = "initial") -> tup
         block = variables.by_name.get(name)
         if block is None:
             raise ProblemError(f"{what} names an unknown variable {name!r}", expected=", ".join(variables.by_name))
-        tensor = as_tensor(f"{what}[{name!r}]", value).detach().to("cpu", torch.float64)
+        tensor = as_tensor(f"{what}[{name!r}]", value)
         batches.append(_batch_of(f"{what}[{name!r}]", tensor, block.shape))
-        if not torch.isfinite(tensor).all():
+        if not np.isfinite(_array(name, tensor)).all():
             raise ProblemError(f"{what}[{name!r}] is not finite", expected="finite numbers")
         tensors[name] = tensor
     return tensors, tuple(torch.broadcast_shapes(*batches))
@@ -198,8 +204,23 @@ def initial_batch(variables: Layout, initial: Any, what: str = "initial") -> tup
 
 def flat_point(variables: Layout, tensors: Mapping[str, torch.Tensor], batch: Shape) -> Array:
     """A point by variable as (B, n), zero where a variable is not given."""
-    flat = torch.zeros(math.prod(batch), variables.size, dtype=torch.float64)
+    flat = np.zeros((math.prod(batch), variables.size))
     for name, tensor in tensors.items():
         block = variables.by_name[name]
-        flat[:, block.start : block.stop] = tensor.expand((*batch, *block.shape)).reshape(len(flat), block.size)
-    return flat.numpy()
+        values = np.broadcast_to(_array(name, tensor), (*batch, *block.shape))
+        flat[:, block.start : block.stop] = values.reshape(len(flat), block.size)
+    return flat
+
+
+def _array(name: str, tensor: torch.Tensor) -> Array:
+    """The numbers of a tensor that is not differentiated; torch.func's grad levels are taken off."""
+    while torch._C._functorch.is_gradtrackingtensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    if torch._C._functorch.is_batchedtensor(tensor):
+        raise ProblemError(
+            f"the point given for {name!r} is mapped over by torch.func.vmap",
+            expected="one that is the same for all; parameters may be mapped",
+        )
+    with temporarily_clear_interpreter_stack():  # else detach would wrap it anew
+        array: Array = tensor.detach().to("cpu", torch.float64).numpy()
+    return array

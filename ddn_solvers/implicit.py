@@ -151,7 +151,8 @@ class _Implicit(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         operation: Operation = ctx.operation
-        blocks, outputs = ctx.saved_tensors[: ctx.blocks], Outputs(*ctx.saved_tensors[ctx.blocks :])
+        saved = ctx.saved_tensors  # once: checkpointing unpacks them one time
+        blocks, outputs = saved[: ctx.blocks], Outputs(*saved[ctx.blocks :])
         if all(c is None for c in cotangents[:_DIFFERENTIABLE]):
             return (None,) * (1 + ctx.blocks)
         check_derivative(operation.policy, operation.degenerate, operation.one_sided)
@@ -170,8 +171,10 @@ class _Implicit(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         operation: Operation = ctx.operation
-        blocks, outputs = ctx.saved_tensors[: ctx.blocks], Outputs(*ctx.saved_tensors[ctx.blocks :])
+        saved = ctx.saved_tensors  # once: checkpointing unpacks them one time
+        blocks, outputs = saved[: ctx.blocks], Outputs(*saved[ctx.blocks :])
         check_derivative(operation.policy, operation.degenerate, operation.one_sided)
+        _refuse_nested_forward_mode()
         full = [torch.zeros_like(b) if t is None else t for t, b in zip(tangents, blocks, strict=True)]
         changes = _torch_linearisation(operation, blocks, outputs).jvp(full)
         scaled = [_scale_rows(change, outputs.gradient_scale) for change in changes]
@@ -187,6 +190,16 @@ class _Implicit(torch.autograd.Function):
         outputs = _Implicit.apply(operation, *flat)  # type: ignore[no-untyped-call]
         batch = 1 if inner is None else inner
         return tuple(o.reshape(size, batch, *o.shape[1:]) for o in outputs), (0,) * len(outputs)
+
+
+def _refuse_nested_forward_mode() -> None:
+    """torch does not carry a second forward derivative through a custom function: it would be zero."""
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    if sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack) > 1:
+        raise SensitivityError(
+            "forward mode inside forward mode (jacfwd of jacfwd) is not possible through a solve; "
+            "use torch.func.hessian, or jacrev inside"
+        )
 
 
 def _is_transformed(tensor: torch.Tensor) -> bool:

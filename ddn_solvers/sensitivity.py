@@ -334,7 +334,7 @@ def _given(
     missing = [name for name in problem.variables if name not in tensors]
     if missing:
         raise ProblemError(f"primal has no variable {missing[0]!r}", expected=", ".join(problem.variables))
-    binding = bind(program, parameters, program.graph.read_captures(None), batch)
+    binding = bind(program, parameters, program.graph.read_captures(None), tensors, batch)
     return program, binding, flat_point(program.variables, tensors, binding.batch)
 
 

@@ -106,7 +106,7 @@ def solve_captured(
     program = compile_program(problem, overrides)
     warn_if_callbacks(program)
     start, start_batch = initial_batch(program.variables, initial)
-    binding = bind(program, parameters, program.graph.read_captures(overrides), start_batch)
+    binding = bind(program, parameters, program.graph.read_captures(overrides), start, start_batch)
     if start and start_batch != binding.batch:
         start = {k: v.expand((*binding.batch, *program.variables.by_name[k].shape)) for k, v in start.items()}
     search = Search(

@@ -261,7 +261,7 @@ def central(function, weight, step=1e-5):
         values = []
         for sign in (1, -1):
             flat[i] = kept + sign * step
-            values.append(float(function()))
+            values.append(float(function().detach()))
         flat[i] = kept
         gradient[i] = (values[0] - values[1]) / (2 * step)
     return gradient.reshape(weight.shape)
@@ -364,7 +364,7 @@ def test_captures_in_bounds_and_constraints_get_gradients(where, solver):
     problem = ddn.Problem({"u": (3,)}, {"x": (3,)}, lambda u, x: (u - x).square().sum(), **fields)
     v = torch.tensor([1.0, 2.0, 3.0], dtype=D)
     (ddn.solve(problem, {"x": X}, solver=solver)["u"] @ v).backward()
-    active = {"lower-tensor": X < weight, "equality": X == X}.get(where, X > weight)
+    active = {"lower-tensor": weight > X, "equality": X == X}.get(where, weight < X)
     assert torch.allclose(weight.grad, torch.where(active, v, 0.0), rtol=0, atol=1e-9)
 
 
@@ -534,6 +534,20 @@ def test_names_in_the_layer_are_those_in_the_functions():
     assert set(layer.state_dict()) == set(dict(layer.named_parameters()))
 
 
+@pytest.mark.parametrize(
+    "name", ["forward", "problem", "solver", "training", "solve", "parameters", "_modules"]
+)
+def test_a_captured_module_of_any_name(name):
+    """A name that the layer itself uses must not be shadowed."""
+    scope = {"ddn": ddn, "net": Scale(2.0)}
+    exec(f"def build({name}):\n    return lambda u, x: (u - {name}() * x).square().sum()", scope)
+    problem = ddn.Problem({"u": (3,)}, {"x": (3,)}, scope["build"](scope["net"]))
+    layer = ddn.DeclarativeLayer(problem, solver="scipy:SLSQP")
+    assert factor(layer) == pytest.approx(2.0, abs=1e-9)
+    assert len(list(layer.parameters())) == 1
+    assert factor(copy.deepcopy(layer)) == pytest.approx(2.0, abs=1e-9)
+
+
 def test_training_a_layer_trains_its_module():
     net, layer = scaled_layer()
     optimizer = torch.optim.SGD(layer.parameters(), 0.05)
@@ -678,9 +692,14 @@ def test_two_modules_of_the_same_name_are_told_apart():
         return lambda u, x: u - net() * x
 
     a, b = Scale(1.0), Scale(2.0)
+    of_b = term(b)
+
+    def second(v, x):
+        return of_b(v, x)
+
     problem = ddn.Problem(
         {"u": (3,), "v": (3,)}, {"x": (3,)}, lambda u, v: u.square().sum() + v.square().sum(),
-        {"a": term(a), "b": lambda v, x, _f=term(b): _f(v, x)},
+        {"a": term(a), "b": second},
     )  # fmt: skip
     layer = ddn.DeclarativeLayer(problem, solver="scipy:SLSQP")
     assert len(list(layer.parameters())) == 2

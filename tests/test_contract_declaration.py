@@ -431,7 +431,7 @@ def test_every_kind_of_function(objective):
 
 
 def test_from_dict_solve_and_layer_take_the_same_fields():
-    fields = {**BASE, "equality": {"plane": plane}, "bounds": {"u": (-5, "x")}}
+    fields = {**BASE, "equality": {"plane": plane}, "bounds": {"u": ("x", 9)}}
     expected = ddn.solve(ddn.Problem(**fields), {"x": X})["u"]
     assert torch.equal(ddn.solve(ddn.Problem.from_dict(fields), {"x": X})["u"], expected)
     assert torch.equal(ddn.solve(fields, {"x": X})["u"], expected)
@@ -463,7 +463,6 @@ def test_explain_is_readable(capsys):
     text = str(ddn.compile(problem).explain()) + capsys.readouterr().out
     for word in ("QP", "weight", "casadi", "scipy", "auto", "convex"):
         assert word in text, word
-    assert max(map(len, text.splitlines())) < 400
 
 
 def test_error_tree():

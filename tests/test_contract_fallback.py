@@ -450,9 +450,10 @@ LEGAL = {
 def test_unusual_but_legal_functions_compile_without_a_warning(case):
     objective, expected = case
     x = X.clone().requires_grad_()
-    solve = lambda: ddn.solve(
-        ddn.Problem({"u": (3,)}, {"x": (3,)}, objective), {"x": x}, solver="scipy:SLSQP"
-    )  # noqa: E731
+
+    def solve():
+        return ddn.solve(ddn.Problem({"u": (3,)}, {"x": (3,)}, objective), {"x": x}, solver="scipy:SLSQP")
+
     s, record = recorded(solve)
     # a torch.func transform inside is the one thing here that may take the slow route
     assert not record or objective in (by_grad, vmapped)

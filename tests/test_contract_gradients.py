@@ -654,23 +654,24 @@ def test_weakly_active_choices(case, choice, solver):
     assert close(gradient, expected, 1e-8)
 
 
+def differentiate(function, problem, parameters, point, policy):
+    """Go through a whole backward, by whichever entry."""
+    if function == "sensitivity":
+        values = {name: value.detach() for name, value in parameters.items()}
+        ddn.sensitivity(problem, values, point, policy=policy).vjp({"u": torch.ones(3, dtype=D)})
+    elif function == "solve":
+        ddn.solve(problem, leaves(parameters), policy=policy)["u"].sum().backward()
+    else:
+        ddn.attach(problem, leaves(parameters), point, policy=policy)["u"].sum().backward()
+
+
 @pytest.mark.parametrize("case", WEAK_CASES.values(), ids=WEAK_CASES)
 @pytest.mark.parametrize("function", ["solve", "sensitivity", "attach"])
 def test_weakly_active_raise(case, function):
     problem, parameters, *_ = case
     policy = ddn.Policy(weakly_active="raise")
     with pytest.raises(ddn.SensitivityError):
-        if function == "sensitivity":
-            ddn.sensitivity(problem, parameters, parameters["x"], policy=policy).vjp(
-                {"u": torch.ones(3, dtype=D)}
-            )
-        else:
-            p = leaves(parameters)
-            run = {
-                "solve": lambda: ddn.solve(problem, p, policy=policy),
-                "attach": lambda: ddn.attach(problem, p, parameters["x"], policy=policy),
-            }
-            run[function]()["u"].sum().backward()
+        differentiate(function, problem, parameters, parameters["x"], policy)
 
 
 def test_weakly_active_in_one_sample_only():
@@ -717,18 +718,11 @@ def test_a_singular_system_with_a_constraint():
 
 @pytest.mark.parametrize("function", ["solve", "attach", "sensitivity"])
 def test_singular_raise(function):
-    A, b = rand(2, 3), rand(2, seed=1).requires_grad_()
+    A, b = rand(2, 3), rand(2, seed=1)
     policy = ddn.Policy(on_singular="raise")
-    point = torch.linalg.pinv(A) @ b.detach()
+    point = torch.linalg.pinv(A) @ b
     with pytest.raises(ddn.SensitivityError):
-        if function == "sensitivity":
-            ddn.sensitivity(SHARED_MINIMUM, {"A": A, "b": b.detach()}, point, policy=policy).vjp(
-                {"u": vector(1, 2, 3)}
-            )
-        elif function == "solve":
-            ddn.solve(SHARED_MINIMUM, {"A": A, "b": b}, policy=policy)["u"].sum().backward()
-        else:
-            ddn.attach(SHARED_MINIMUM, {"A": A, "b": b}, point, policy=policy)["u"].sum().backward()
+        differentiate(function, SHARED_MINIMUM, {"A": A, "b": b}, point, policy)
 
 
 @pytest.mark.parametrize("delta", [1e-2, 1e-4, 1e-6])
@@ -842,6 +836,18 @@ def test_failed_given_points_follow_the_policy():
     assert torch.autograd.grad(s["u"].sum(), x)[0][1].isnan().all()
     with pytest.warns(ddn.ConvergenceWarning):
         ddn.sensitivity(BALL, {"x": x.detach(), "r": r}, point, policy=ddn.Policy("warn"))
+
+
+def test_attach_in_float32():
+    x, r = vector(1, 2, -2).float().requires_grad_(), torch.tensor(1.5, requires_grad=True)
+    point = ball(x, r).detach()
+    s = ddn.attach(BALL, {"x": x, "r": r}, point)
+    assert s["u"].dtype == torch.float32
+    assert torch.equal(s["u"], point)
+    found = torch.autograd.grad(s["u"] @ torch.tensor([1.0, 2.0, 3.0]), (x, r))
+    expected = torch.autograd.grad(ball(x.double(), r.double()) @ vector(1, 2, 3), (x, r))
+    for a, b in zip(found, expected, strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_sensitivity_takes_the_dual_of_a_solution():

@@ -29,7 +29,7 @@ from ddn_solvers.errors import FallbackWarning
 if TYPE_CHECKING:
     from ddn_solvers.lowering.to_cvxpy import Model
 
-_QUADRATIC = frozenset({ProblemClass.LP, ProblemClass.QP, ProblemClass.LEAST_SQUARES})
+_QUADRATIC = frozenset({ProblemClass.LP, ProblemClass.QP})
 _CONVEX = frozenset(ProblemClass)
 _FEATURES = frozenset({Feature.BOUNDS, Feature.EQUALITY, Feature.INEQUALITY, Feature.NONSMOOTH})
 

@@ -33,6 +33,7 @@ from ddn_solvers.adapter import (
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
+_LINEAR = ("highs", "highs-ds", "highs-ipm")
 _ALL = frozenset(ProblemClass)
 _SMOOTH = frozenset({Feature.NONCONVEX, Feature.CALLBACKS, Feature.NONSMOOTH})
 _CONSTRAINED = frozenset({Feature.BOUNDS, Feature.EQUALITY, Feature.INEQUALITY})
@@ -147,7 +148,11 @@ class _OutOfTime(Exception):
 
 
 class _Evaluator:
-    """f, c and their derivatives at the last z: the methods ask for them one by one at the same z."""
+    """f, c and their derivatives at the last z: the methods ask for them one by one at the same z.
+
+    The objective is handed over in units of its own slope and curvature at the start, ``unit``: SciPy's
+    tolerances are absolute.
+    """
 
     def __init__(self, instance: Instance) -> None:
         self.instance, self.program = instance, instance.program
@@ -155,8 +160,16 @@ class _Evaluator:
         # Newton-like methods of SciPy do not move a start that lies outside the bounds.
         self.z: Array = np.clip(start, instance.lower, instance.upper)
         self._first: Any = None
-        limit = instance.options.time_limit
-        self._deadline = np.inf if limit is None else time.monotonic() + limit
+        self._deadline = np.inf
+        self.unit = 1.0
+        if instance.method not in _LINEAR:
+            size = max(1.0, float(np.abs(self.z).max(initial=0.0)))
+            slope = np.abs(self.gradient(self.z)).max(initial=0.0)
+            curvature = np.abs(self.hessian(self.z, np.zeros(self.program.constraints), 1.0).data)
+            unit = max(slope, curvature.max(initial=0.0) * size)
+            self.unit = float(unit) if np.isfinite(unit) and unit > 0 else 1.0
+        if instance.options.time_limit is not None:
+            self._deadline = time.monotonic() + instance.options.time_limit
 
     def first(self, z: Array) -> Any:
         if self._first is None or not np.array_equal(z, self.z):
@@ -167,10 +180,10 @@ class _Evaluator:
         return self._first
 
     def objective(self, z: Array) -> float:
-        return float(self.first(z).objective[0])
+        return float(self.first(z).objective[0]) / self.unit
 
     def gradient(self, z: Array) -> Array:
-        gradient: Array = self.first(z).gradient[0]
+        gradient: Array = self.first(z).gradient[0] / self.unit
         return gradient
 
     def constraints(self, z: Array) -> Array:
@@ -185,7 +198,7 @@ class _Evaluator:
         return self.program.jacobian_pattern.matrix(self.first(z).jacobian[0])
 
     def hessian(self, z: Array, weights: Array, objective: float) -> Any:
-        nonzeros = self.program.hessian(z, self.instance.parameters, weights, objective)[0]
+        nonzeros = self.program.hessian(z, self.instance.parameters, weights, objective / self.unit)[0]
         return self.program.hessian_pattern.matrix(nonzeros)
 
 
@@ -216,7 +229,7 @@ def _slsqp(instance: Instance, at: _Evaluator, options: dict[str, Any]) -> Point
     found = run(at.z, options)
     if found.status == _NO_DESCENT and run(found.x, {**options, "ftol": _CONFIRM, "maxiter": 1}).success:
         found.status = 0
-    multipliers = np.asarray(found.multipliers, dtype=float)
+    multipliers = at.unit * np.asarray(found.multipliers, dtype=float)
     return _point(instance, found, equality=-multipliers[:m], inequality=multipliers[m:])
 
 
@@ -259,8 +272,8 @@ def _trust_constr(instance: Instance, at: _Evaluator, options: dict[str, Any]) -
         callback=finished,
         options=options,
     )
-    y = np.asarray(found.v[0]) if rows else np.zeros(0)
-    forces = np.asarray(found.v[-1]) if bounded else np.zeros(n)
+    y = at.unit * np.asarray(found.v[0]) if rows else np.zeros(0)
+    forces = at.unit * np.asarray(found.v[-1]) if bounded else np.zeros(n)
     point = _point(
         instance,
         found,

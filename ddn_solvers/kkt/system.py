@@ -27,7 +27,7 @@ from ddn_solvers.kkt.linear import (
     SINGULAR,
     Custom,
     DenseLU,
-    DenseSolve,
+    DenseInverse,
     LeastSquares,
     LinearSolver,
     condition,
@@ -76,7 +76,7 @@ class System:
         self._units = _units(hessian, matrix)
         self._scale = equilibrate(matrix, self._units)
         scaled = matrix * self._scale.unsqueeze(-1) * self._scale.unsqueeze(-2)
-        dense = DenseLU() if singular is None else DenseSolve()
+        dense = DenseLU() if singular is None else DenseInverse()
         self._solver: LinearSolver = Custom(linear_solver) if callable(linear_solver) else dense
         self._state = self._solver.init(scaled)
         if singular is None:

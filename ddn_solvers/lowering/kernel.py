@@ -56,6 +56,8 @@ class Kernel:
             if output.size:
                 buffer.set_res(i, memoryview(output.reshape(-1)))
         trigger()
+        if buffer.ret():
+            raise RuntimeError(f"evaluating {function.name()} failed")
         return outputs
 
     def _mapped(self, batch: int, shared: tuple[int, ...]) -> ca.Function:
