@@ -78,7 +78,13 @@ def by_hand() -> ca.Function:
     g = ca.vertcat(ca.sumsqr(z) - 1, ca.norm_2(z[:HALF]) - 0.6)
     options = {
         "print_time": False,
-        "ipopt": {"print_level": 0, "sb": "yes", "tol": 1e-9, "constr_viol_tol": 1e-9, "bound_relax_factor": 0.0},
+        "ipopt": {
+            "print_level": 0,
+            "sb": "yes",
+            "tol": 1e-9,
+            "constr_viol_tol": 1e-9,
+            "bound_relax_factor": 0.0,
+        },
     }
     return ca.nlpsol("by_hand", "ipopt", {"x": z, "p": p, "f": f, "g": g}, options)
 
@@ -100,7 +106,9 @@ def main() -> None:
     rows: list[tuple[str, str, str]] = []
 
     rows.append(("import beyond torch", f"{import_seconds():.3f} s", "at most 0.3 s"))
-    ddn.solve(problem, {"x": x}, solver=SOLVER, initial=initial)  # the first trace of a process loads torch's tracer
+    ddn.solve(
+        problem, {"x": x}, solver=SOLVER, initial=initial
+    )  # the first trace of a process loads torch's tracer
     ready = median_ms(lambda: ddn.solve(declare(cost), {"x": x}, solver=SOLVER, initial=initial), 10)
     again = median_ms(lambda: ddn.solve(problem, {"x": x}, solver=SOLVER, initial=initial), 20)
     traced = median_ms(lambda: _everything_compiled(declare(cost)), 20)
@@ -116,20 +124,36 @@ def main() -> None:
     )
     solution = ddn.solve(problem, {"x": x}, solver=SOLVER, initial=initial)
     error = np.abs(model(**arguments)["x"].full().ravel() - solution["u"].detach().numpy()).max()
-    rows.append(("IPOPT, traced / by hand", f"{alone / hand:.2f}", f"{alone:.2f} / {hand:.2f} ms, points differ by {error:.0e}"))
-    rows.append(("whole solve / by hand", f"{whole / hand_again:.2f}", f"{whole:.2f} / {hand_again:.2f} ms, verified and polished"))
+    rows.append(
+        (
+            "IPOPT, traced / by hand",
+            f"{alone / hand:.2f}",
+            f"{alone:.2f} / {hand:.2f} ms, points differ by {error:.0e}",
+        )
+    )
+    rows.append(
+        (
+            "whole solve / by hand",
+            f"{whole / hand_again:.2f}",
+            f"{whole:.2f} / {hand_again:.2f} ms, verified and polished",
+        )
+    )
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ddn.FallbackWarning)
         slow_problem = declare(branching_cost)
         slow = median_ms(lambda: ddn.solve(slow_problem, {"x": x}, solver=SOLVER, initial=initial), 3)
-    rows.append(("torch callbacks / traced", f"{slow / whole:.1f}", f"{slow:.0f} / {whole:.2f} ms, whole solves"))
+    rows.append(
+        ("torch callbacks / traced", f"{slow / whole:.1f}", f"{slow:.0f} / {whole:.2f} ms, whole solves")
+    )
 
     def solved() -> torch.Tensor:
         return ddn.solve(problem, {"x": x}, solver=SOLVER, initial=initial)["u"].sum()
 
     backward = median_ms(lambda total: torch.autograd.grad(total, x), 40, prepare=solved)
-    rows.append(("backward", f"{backward:.2f} ms", f"below 1 ms; error {_gradient_error(problem, x, initial):.0e}"))
+    rows.append(
+        ("backward", f"{backward:.2f} ms", f"below 1 ms; error {_gradient_error(problem, x, initial):.0e}")
+    )
     rows.append(("gradients across backends", f"{_disagreement():.0e}", "at most 1e-7"))
 
     table = Table("what", "figure", "beside it", title="ddn_solvers, one thread, medians")
@@ -167,7 +191,10 @@ def _gradient_error(problem: ddn.Problem, x: torch.Tensor, initial: torch.Tensor
     (gradient,) = torch.autograd.grad(total(x), x)
     step, base = 1e-5, x.detach()
     differences = torch.stack(
-        [(total(base + step * e) - total(base - step * e)) / (2 * step) for e in torch.eye(N, dtype=base.dtype)]
+        [
+            (total(base + step * e) - total(base - step * e)) / (2 * step)
+            for e in torch.eye(N, dtype=base.dtype)
+        ]
     )
     return float((gradient - differences).norm() / gradient.norm())
 

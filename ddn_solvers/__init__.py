@@ -1,8 +1,9 @@
 """Optimization problems as PyTorch layers: written once, solved by any backend, exact gradients.
 
-    y(x) = argmin_u f(u, x)   subject to   h(u, x) = 0,  g(u, x) <= 0,  lower(x) <= u <= upper(x)
+y(x) = argmin_u f(u, x)   subject to   h(u, x) = 0,  g(u, x) <= 0,  lower(x) <= u <= upper(x)
 """
 
+from ddn_solvers.certificate import Certificate
 from ddn_solvers.errors import (
     BackendCannotSolve,
     BackendNotFound,
@@ -32,6 +33,7 @@ __all__ = [
     "BackendCannotSolve",
     "BackendNotFound",
     "BackendNotInstalled",
+    "Certificate",
     "Compiled",
     "ConvergenceWarning",
     "DDNError",

@@ -17,9 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from ddn_solvers.arrays import Array, Mask
 from ddn_solvers.residuals import Evaluation
-
-Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class ActiveSet:
 
     sides: Mask
     weak: Mask
-    margin: np.ndarray[Any, np.dtype[np.float64]]
+    margin: Array
     equalities: int
     n: int
 
@@ -62,9 +61,7 @@ class ActiveSet:
         return self.lower | self.upper
 
     def take(self, samples: Any) -> ActiveSet:
-        return replace(
-            self, sides=self.sides[samples], weak=self.weak[samples], margin=self.margin[samples]
-        )
+        return replace(self, sides=self.sides[samples], weak=self.weak[samples], margin=self.margin[samples])
 
     def without_weak(self) -> ActiveSet:
         """The same with weakly active constraints counted as inactive."""

@@ -16,11 +16,10 @@ import numpy as np
 import torch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
+from ddn_solvers.arrays import Array
 from ddn_solvers.errors import ProblemError
 from ddn_solvers.layout import Block, Layout, Shape
 from ddn_solvers.program import Program
-
-Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -74,12 +73,17 @@ def bind(
             "parameters is not a dict", expected="name -> tensor", got=type(parameters).__name__
         )
     declared = program.problem.parameters
-    unknown, missing = [n for n in parameters if n not in declared], [n for n in declared if n not in parameters]
+    unknown, missing = (
+        [n for n in parameters if n not in declared],
+        [n for n in declared if n not in parameters],
+    )
     if unknown or missing:
         wrong = f"unknown parameter {unknown[0]!r}" if unknown else f"missing parameter {missing[0]!r}"
         raise ProblemError(wrong, expected="exactly " + (", ".join(map(repr, declared)) or "none"))
     tensors = [as_tensor(f"parameter {name!r}", parameters[name]) for name in declared]
-    given = [t for t, name in zip(tensors, declared, strict=True) if isinstance(parameters[name], torch.Tensor)]
+    given = [
+        t for t, name in zip(tensors, declared, strict=True) if isinstance(parameters[name], torch.Tensor)
+    ]
     source = given or list(captured) or list(point.values())
     dtype, device = common(source)
     own = [
@@ -127,7 +131,9 @@ def as_tensor(where: str, value: Any) -> torch.Tensor:
     elif isinstance(value, np.ndarray):
         tensor = torch.from_numpy(value) if value.dtype.kind in "fiuc" else torch.zeros(0, dtype=torch.bool)
     else:
-        raise ProblemError(f"{where} is not a tensor", expected="a floating-point tensor", got=type(value).__name__)
+        raise ProblemError(
+            f"{where} is not a tensor", expected="a floating-point tensor", got=type(value).__name__
+        )
     if not tensor.is_floating_point():
         raise ProblemError(
             f"{where} has the wrong dtype",
@@ -174,7 +180,9 @@ def check_finite(program: Program, blocks: Sequence[Array]) -> None:
             )
 
 
-def initial_batch(variables: Layout, initial: Any, what: str = "initial") -> tuple[dict[str, torch.Tensor], Shape]:
+def initial_batch(
+    variables: Layout, initial: Any, what: str = "initial"
+) -> tuple[dict[str, torch.Tensor], Shape]:
     """A point by variable, checked, and the batch shape that it brings.
 
     Raises:
@@ -185,15 +193,21 @@ def initial_batch(variables: Layout, initial: Any, what: str = "initial") -> tup
     if isinstance(initial, torch.Tensor):
         if len(variables) != 1:
             names = ", ".join(repr(block.name) for block in variables)
-            raise ProblemError(f"{what} is a tensor", expected=f"a dict, there being several variables: {names}")
+            raise ProblemError(
+                f"{what} is a tensor", expected=f"a dict, there being several variables: {names}"
+            )
         initial = {variables.blocks[0].name: initial}
     if not isinstance(initial, Mapping):
-        raise ProblemError(f"{what} is not a point", expected="a dict by variable", got=type(initial).__name__)
+        raise ProblemError(
+            f"{what} is not a point", expected="a dict by variable", got=type(initial).__name__
+        )
     tensors, batches = {}, []
     for name, value in initial.items():
         block = variables.by_name.get(name)
         if block is None:
-            raise ProblemError(f"{what} names an unknown variable {name!r}", expected=", ".join(variables.by_name))
+            raise ProblemError(
+                f"{what} names an unknown variable {name!r}", expected=", ".join(variables.by_name)
+            )
         tensor = as_tensor(f"{what}[{name!r}]", value)
         batches.append(_batch_of(f"{what}[{name!r}]", tensor, block.shape))
         if not np.isfinite(_array(name, tensor)).all():

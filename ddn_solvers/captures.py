@@ -60,7 +60,7 @@ class Accessor:
         Raises:
             LookupError, AttributeError, ValueError: It is no longer there.
         """
-        if overrides and self.anchor in overrides:
+        if overrides and self.anchor is not None and self.anchor in overrides:
             value, steps = overrides[self.anchor], self.steps[self.anchor_depth :]
         else:
             value, steps = self.root(), self.steps
@@ -134,7 +134,11 @@ def _content(value: Any) -> tuple[Any, ...]:
         return (value.dtype.str, value.shape, value.tobytes() if value.dtype.kind != "O" else id(value))
     if value.device.type == "cpu" and value.numel() <= _MAX_COMPARED and not value.is_sparse:
         data = value.detach().resolve_conj().resolve_neg().contiguous().view(-1)
-        return (value.dtype, tuple(value.shape), data.view(torch.uint8).numpy().tobytes() if data.numel() else b"")
+        return (
+            value.dtype,
+            tuple(value.shape),
+            data.view(torch.uint8).numpy().tobytes() if data.numel() else b"",
+        )
     return (value.dtype, tuple(value.shape), id(value), None if value.is_inference() else value._version)
 
 
@@ -230,7 +234,9 @@ class _Walk:
             for key, attribute in list(vars(base).items()):
                 if isinstance(attribute, types.FunctionType):
                     yield from self.function(accessor, attribute, depth + 1)
-                elif not key.startswith("__") and isinstance(attribute, (*_SCALARS, torch.Tensor, list, dict, tuple)):
+                elif not key.startswith("__") and isinstance(
+                    attribute, (*_SCALARS, torch.Tensor, list, dict, tuple)
+                ):
                     yield from self.value(accessor.step("attr", key), attribute, depth + 1)
 
     def _module(self, accessor: Accessor, module: torch.nn.Module, depth: int) -> Iterator[Found]:
@@ -295,7 +301,7 @@ class _Walk:
 
 
 # Attributes of ``DeclarativeLayer`` that a registered capture must not shadow.
-_LAYER_ATTRIBUTES = ("problem", "solver", "options", "policy", "warm_start", "training")
+_LAYER_ATTRIBUTES = ("problem", "solver", "options", "policy", "warm_start", "training", "solve")
 
 
 def _walk_problem(
@@ -334,7 +340,11 @@ def _defaults(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
 
 def _global_names(code: types.CodeType) -> set[str]:
     """Names that the code and the code nested in it load as globals or attributes."""
-    names = {str(i.argval) for i in dis.get_instructions(code) if i.opname.startswith("LOAD_") and i.argval in code.co_names}
+    names = {
+        str(i.argval)
+        for i in dis.get_instructions(code)
+        if i.opname.startswith("LOAD_") and i.argval in code.co_names
+    }
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             names |= _global_names(constant)

@@ -109,7 +109,10 @@ def _yes(value: float) -> str:
 
 
 def certify(
-    verified: Verified, policy: Policy, batch: tuple[int, ...], distance: np.ndarray[tuple[int], np.dtype[np.float64]]
+    verified: Verified,
+    policy: Policy,
+    batch: tuple[int, ...],
+    distance: np.ndarray[tuple[int], np.dtype[np.float64]],
 ) -> Certificate:
     """The certificate of a batch of verified points."""
     evaluation, active = verified.evaluation, verified.active
@@ -117,7 +120,7 @@ def certify(
     with np.errstate(all="ignore"):
         system = System(
             torch.from_numpy(np.nan_to_num(evaluation.hessian)),
-            torch.from_numpy(np.nan_to_num(evaluation.jacobian)),
+            torch.from_numpy(np.nan_to_num(evaluation.regular_jacobian)),
             torch.from_numpy(active.constraints),
             torch.from_numpy(active.fixed),
         )
@@ -132,7 +135,9 @@ def certify(
     weak: dict[str, torch.Tensor] = {}
     rows = torch.from_numpy(active.constraints)
     weak_rows = torch.from_numpy(
-        np.concatenate([np.zeros((len(rows), active.equalities), dtype=bool), active.weak[:, : -2 * active.n]], 1)
+        np.concatenate(
+            [np.zeros((len(rows), active.equalities), dtype=bool), active.weak[:, : -2 * active.n]], 1
+        )
     )
     for layout, start in ((program.equality, 0), (program.inequality, active.equalities)):
         stop = start + layout.size
@@ -159,7 +164,9 @@ def certify(
         condition=shaped(system.condition.numpy()),
         **{
             name: shaped(values)
-            for name, values in zip(("stationarity", "feasibility", "complementarity"), evaluation.norms, strict=True)
+            for name, values in zip(
+                ("stationarity", "feasibility", "complementarity"), evaluation.norms, strict=True
+            )
         },
         active=strong,
         weakly_active=weak,
@@ -175,7 +182,9 @@ def _null_spaces(verified: Verified) -> list[torch.Tensor]:
     evaluation, active = verified.evaluation, verified.active
     bases = []
     for i in range(len(evaluation.point.z)):
-        rows = np.concatenate([evaluation.jacobian[i][active.constraints[i]], np.eye(active.n)[active.fixed[i]]])
+        rows = np.concatenate(
+            [evaluation.jacobian[i][active.constraints[i]], np.eye(active.n)[active.fixed[i]]]
+        )
         hessian = np.nan_to_num(evaluation.hessian[i])
         norm = np.abs(hessian).max(initial=0.0) or 1.0
         _, s, right = np.linalg.svd(np.nan_to_num(rows), full_matrices=True)

@@ -7,15 +7,13 @@ feasible ray along which the objective keeps falling, without end in sight.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
+from ddn_solvers.arrays import Array
 from ddn_solvers.program import Program
 from ddn_solvers.residuals import Bound, Evaluation, PrimalDual
 from ddn_solvers.solution import Status
 
-Array = np.ndarray[Any, np.dtype[np.float64]]
 _NAMED = 4  # conflicting constraints named in a message
 _STEPS = (1e2, 1e4, 1e6)  # along a ray, relative to max(1, |z|)
 _FALL = 1e3  # the objective has to fall by this much, relative to its scale, to count as unbounded
@@ -92,7 +90,9 @@ def _infeasible(program: Program, bound: Bound, closest: Array, accuracy: float)
     residual = np.abs(_violation(program, bound, closest))
     largest, equalities = residual.max(), program.equality.size
     rows = [
-        program.equality.element(int(i)) if i < equalities else program.inequality.element(int(i) - equalities)
+        program.equality.element(int(i))
+        if i < equalities
+        else program.inequality.element(int(i) - equalities)
         for i in np.argsort(-residual)
         if residual[i] > 1e-2 * largest
     ]

@@ -1,18 +1,18 @@
 """The exception and warning tree.
 
-    DDNError
-    ├── ProblemError (ValueError)      the declaration or its parameters are wrong
-    ├── TraceError                     a function cannot be turned into a graph, and must not be guessed at
-    ├── BackendNotFound                no such backend or method
-    ├── BackendNotInstalled            the backend exists, its package is not installed
-    ├── BackendCannotSolve             the backend lacks what the problem needs
-    ├── SolveError                     no verified solution; ``.solution`` holds what was found
-    └── SensitivityError               the derivative that was asked for does not exist
+DDNError
+├── ProblemError (ValueError)      the declaration or its parameters are wrong
+├── TraceError                     a function cannot be turned into a graph, and must not be guessed at
+├── BackendNotFound                no such backend or method
+├── BackendNotInstalled            the backend exists, its package is not installed
+├── BackendCannotSolve             the backend lacks what the problem needs
+├── SolveError                     no verified solution; ``.solution`` holds what was found
+└── SensitivityError               the derivative that was asked for does not exist
 
-    DDNWarning (UserWarning)
-    ├── DegeneracyWarning              the derivative is one of several (minimum norm, one side)
-    ├── FallbackWarning                a slower route was taken
-    └── ConvergenceWarning             a sample failed and the policy let it pass
+DDNWarning (UserWarning)
+├── DegeneracyWarning              the derivative is one of several (minimum norm, one side)
+├── FallbackWarning                a slower route was taken
+└── ConvergenceWarning             a sample failed and the policy let it pass
 """
 
 from __future__ import annotations

@@ -34,22 +34,35 @@ class Compiled:
         """Print, and return, what is known of the problem: class, convexity, sparsity, captures, backends."""
         program = self.program
         able = registry.able(program)
-        auto = ", then ".join(f"{r.backend}:{r.method.name}" for r in routes("auto", program)) if able else "none"
+        auto = (
+            ", then ".join(f"{r.backend}:{r.method.name}" for r in routes("auto", program))
+            if able
+            else "none"
+        )
         captured = ", ".join(a.name for a in program.graph.captures) or "nothing that is an input"
         lines = [
             ("class", f"{program.problem_class.value}: {self._why()}"),
             ("convexity", _convexity(program)),
-            ("size", f"{program.variables.size} variables, {program.equality.size} equalities, "
-                     f"{program.inequality.size} inequalities"),
-            ("sparsity", f"Jacobian {_density(program.jacobian_pattern)}; Hessian {_density(program.hessian_pattern)}"),
+            (
+                "size",
+                f"{program.variables.size} variables, {program.equality.size} equalities, "
+                f"{program.inequality.size} inequalities",
+            ),
+            (
+                "sparsity",
+                f"Jacobian {_density(program.jacobian_pattern)}; Hessian {_density(program.hessian_pattern)}",
+            ),
             ("kinks", _kinks(program)),
             ("captured", captured),
-            ("evaluation", "compiled" if program.compiled else f"torch callbacks, because of {program.refusal}"),
+            (
+                "evaluation",
+                "compiled" if program.compiled else f"torch callbacks, because of {program.refusal}",
+            ),
             ("backends", ", ".join(able) or "none that is installed"),
             ("auto", auto),
         ]
         text = "\n".join(f"{name:<11} {value}" for name, value in lines)
-        print(text)
+        print(text)  # noqa: T201  # printing is what it is for
         return text
 
     def _why(self) -> str:
@@ -85,7 +98,11 @@ def _density(pattern: Pattern) -> str:
 def _kinks(program: Program) -> str:
     if not program.kinks:
         return "none"
-    names = list(dict.fromkeys(f"'{k.operation}' at {k.source}" if k.source else f"'{k.operation}'" for k in program.kinks))
+    names = list(
+        dict.fromkeys(
+            f"'{k.operation}' at {k.source}" if k.source else f"'{k.operation}'" for k in program.kinks
+        )
+    )
     return f"{len(program.kinks)}, of {', '.join(names)}"
 
 

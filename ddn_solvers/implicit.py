@@ -16,14 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ddn_solvers.active_set import Mask
+from ddn_solvers.arrays import Array, Index, Mask
 from ddn_solvers.errors import DegeneracyWarning, SensitivityError
 from ddn_solvers.kkt.derivative import Cotangents, Linearisation, Multipliers, TorchLinearisation
 from ddn_solvers.kkt.verify import Verified
 from ddn_solvers.policy import Policy
 from ddn_solvers.program import Program
-
-Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
 class Outputs(NamedTuple):
@@ -72,14 +70,16 @@ class Operation:
         self.degenerate = bool((verified.singular & converged).any())
         self.one_sided = bool((verified.active.weak.any(axis=1) & converged).any())
 
-
-    def linearisation(self, good: Array) -> Linearisation:
+    def linearisation(self, good: Index) -> Linearisation:
         """The KKT systems of the samples ``good`` of the batch that ``find`` returned, factored once."""
         assert self.verified is not None
         if self._linearisation is None:
             verified = self.verified
             self._linearisation = Linearisation(
-                verified.evaluation.take(good), verified.active.take(good), verified.singular[good], self.policy
+                verified.evaluation.take(good),
+                verified.active.take(good),
+                verified.singular[good],
+                self.policy,
             )
         return self._linearisation
 
@@ -91,7 +91,9 @@ def check_derivative(policy: Policy, degenerate: bool, one_sided: bool) -> None:
         SensitivityError: The policy refuses it.
     """
     if policy.smoothing > 0:
-        raise SensitivityError("policy.smoothing is not available in this version; set it to 0 for the exact derivative")
+        raise SensitivityError(
+            "policy.smoothing is not available in this version; set it to 0 for the exact derivative"
+        )
     if one_sided and policy.weakly_active == "raise":
         raise SensitivityError(
             "a constraint is weakly active (neither slack nor multiplier), so the derivative is one-sided. "
@@ -185,7 +187,9 @@ class _Implicit(torch.autograd.Function):
         size = info.batch_size
         moved = [b if d is None else b.movedim(d, 0) for b, d in zip(blocks, in_dims[1:], strict=True)]
         mapped = [d is not None for d in in_dims[1:]]
-        inner = max((b.shape[-2] for b, d in zip(moved, mapped, strict=True) if b.dim() - d == 2), default=None)
+        inner = max(
+            (b.shape[-2] for b, d in zip(moved, mapped, strict=True) if b.dim() - d == 2), default=None
+        )
         flat = [_flatten(b, d, size, inner) for b, d in zip(moved, mapped, strict=True)]
         outputs = _Implicit.apply(operation, *flat)  # type: ignore[no-untyped-call]
         batch = 1 if inner is None else inner
@@ -203,7 +207,12 @@ def _refuse_nested_forward_mode() -> None:
 
 
 def _is_transformed(tensor: torch.Tensor) -> bool:
-    """Whether a torch.func transform (or ``is_grads_batched``) wraps the tensor, so that it has no array."""
+    """Whether a torch.func transform wraps the tensor, so that it has no array."""
+    if torch._C._functorch.is_legacy_batchedtensor(tensor):
+        raise SensitivityError(
+            "autograd's is_grads_batched (and vectorize=True) cannot pass through a solve; use torch.func.vjp and "
+            "vmap, or torch.func.jacrev"
+        )
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 

@@ -57,7 +57,12 @@ class DeclarativeLayer(torch.nn.Module):
         self._register_captures(program.graph.seen.inputs)
 
     def forward(
-        self, *parameters: Any, initial: Any = None, warm_start: Solution | None = None, policy: Policy | None = None, **by_name: Any
+        self,
+        *parameters: Any,
+        initial: Any = None,
+        warm_start: Solution | None = None,
+        policy: Policy | None = None,
+        **by_name: Any,
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Solve for a batch of parameters.
 
@@ -79,12 +84,19 @@ class DeclarativeLayer(torch.nn.Module):
         return values[0] if len(values) == 1 else values
 
     def solve(
-        self, *parameters: Any, initial: Any = None, warm_start: Solution | None = None, policy: Policy | None = None, **by_name: Any
+        self,
+        *parameters: Any,
+        initial: Any = None,
+        warm_start: Solution | None = None,
+        policy: Policy | None = None,
+        **by_name: Any,
     ) -> Solution:
         """The same with everything that is known about the solution; see ``Solution``."""
         declared = list(self.problem.parameters)
         if len(parameters) > len(declared):
-            raise ProblemError("too many parameters", expected=", ".join(declared) or "none", got=len(parameters))
+            raise ProblemError(
+                "too many parameters", expected=", ".join(declared) or "none", got=len(parameters)
+            )
         positional = dict(zip(declared, parameters, strict=False))
         twice = sorted(set(positional) & set(by_name))
         if twice:
@@ -163,7 +175,9 @@ def _detached(solution: Solution) -> Solution:
     return replace(
         solution,
         primal=detach(solution.primal),
-        dual=DualSolution(detach(dual.equality), detach(dual.inequality), detach(dual.lower), detach(dual.upper)),
+        dual=DualSolution(
+            detach(dual.equality), detach(dual.inequality), detach(dual.lower), detach(dual.upper)
+        ),
         objective=solution.objective.detach(),
     )
 

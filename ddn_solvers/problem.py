@@ -90,7 +90,9 @@ class Dual:
     upper: Any  # (*batch, n)
 
 
-def lagrangian(objective: Any, constraints: Any, slack_lower: Any, slack_upper: Any, dual: Dual, dot: Any) -> Any:
+def lagrangian(
+    objective: Any, constraints: Any, slack_lower: Any, slack_upper: Any, dual: Dual, dot: Any
+) -> Any:
     """L as stated above; ``slack_lower = lower - u`` and ``slack_upper = u - upper``.
 
     Written on whatever the caller computes with: ``dot`` is its inner product.
@@ -101,5 +103,3 @@ def lagrangian(objective: Any, constraints: Any, slack_lower: Any, slack_upper: 
         + dot(dual.lower, slack_lower)
         + dot(dual.upper, slack_upper)
     )
-
-

@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from ddn_solvers.adapter import Feature, ProblemClass, QuadraticForm
+from ddn_solvers.arrays import Array
 from ddn_solvers.captures import Overrides
 from ddn_solvers.layout import Block, Layout
 from ddn_solvers.lowering.pattern import Pattern
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from ddn_solvers.lowering.kernel import Kernel
     from ddn_solvers.lowering.symbolic import SymbolicFunctions
 
-Array = np.ndarray[Any, np.dtype[np.float64]]
 T = TypeVar("T")
 
 
@@ -150,17 +150,18 @@ class Program:
     @cached_property
     def problem_class(self) -> ProblemClass:
         """LP, QP, least squares or NLP, as the graph shows."""
-        degrees: dict[str, list[int | None]] = {term.kind: [] for term in self.graph.terms}
-        for term in self.graph.terms:
-            if term.kind in ("objective", "equality", "inequality"):
-                degrees[term.kind].append(self.degree(term.kind, term.name))
-        affine = all(d in (0, 1) for k in ("equality", "inequality") for d in degrees.get(k, []))
-        (objective,) = degrees["objective"]
-        if affine and objective in (0, 1):
+        objective = self.degree("objective")
+        if self.affine_constraints and objective in (0, 1):
             return ProblemClass.LP
-        if affine and objective == 2:
+        if self.affine_constraints and objective == 2:
             return ProblemClass.QP
         return ProblemClass.LEAST_SQUARES if self.sum_of_squares else ProblemClass.NLP
+
+    @cached_property
+    def affine_constraints(self) -> bool:
+        """Whether all of c is affine in the variables."""
+        kinds = ("equality", "inequality")
+        return all(self.degree(t.kind, t.name) in (0, 1) for t in self.graph.terms if t.kind in kinds)
 
     @cached_property
     def sum_of_squares(self) -> bool:
@@ -218,7 +219,15 @@ class Program:
         return self._kernel("kinks")(_batched(z), *parameters)[0]
 
     def adjoint(
-        self, z: Array, parameters: Sequence[Array], y: Array, w: Array, s: Array, sl: Array, su: Array, e: Array
+        self,
+        z: Array,
+        parameters: Sequence[Array],
+        y: Array,
+        w: Array,
+        s: Array,
+        sl: Array,
+        su: Array,
+        e: Array,
     ) -> list[Array]:
         """Gradient of e f - w^T grad_z(f + y^T c) - s^T c - sl^T lower + su^T upper by parameter block.
 
@@ -227,7 +236,9 @@ class Program:
         reduced = {i: 1 + i for i in range(len(self.parameters))}
         return self._kernel("adjoint", reduced)(_batched(z), *parameters, y, w, s, sl, su, e)
 
-    def tangent(self, z: Array, parameters: Sequence[Array], y: Array, tangents: Sequence[Array]) -> list[Array]:
+    def tangent(
+        self, z: Array, parameters: Sequence[Array], y: Array, tangents: Sequence[Array]
+    ) -> list[Array]:
         """Directional derivatives of grad_z(f + y^T c), c, lower, upper along ``tangents``."""
         return self._kernel("tangent")(_batched(z), *parameters, y, *tangents)
 
@@ -275,7 +286,9 @@ class Program:
         sides = []
         for side, absent in (("lower", -torch.inf), ("upper", torch.inf)):
             parts = [
-                by_term[side, b.name].reshape(-1) if (side, b.name) in by_term else z.new_full((b.size,), absent)
+                by_term[side, b.name].reshape(-1)
+                if (side, b.name) in by_term
+                else z.new_full((b.size,), absent)
                 for b in self.variables
             ]
             sides.append(torch.cat(parts))

@@ -106,7 +106,9 @@ def able(program: Program) -> list[str]:
 
 def _cannot(solver: str, lacking: str, program: Program) -> BackendCannotSolve:
     others = ", ".join(able(program)) or "none that is installed"
-    return BackendCannotSolve(f"{solver!r} cannot solve this problem: it does not take {lacking}. Able: {others}")
+    return BackendCannotSolve(
+        f"{solver!r} cannot solve this problem: it does not take {lacking}. Able: {others}"
+    )
 
 
 def _entry_points() -> dict[str, EntryPoint]:

@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from ddn_solvers.arrays import Array
 from ddn_solvers.program import FirstOrder, Program
 
-Array = np.ndarray[Any, np.dtype[np.float64]]
 _TINY = 1e-300
+_VANISHING = 1e-2  # of the change of a row's gradient over a hundredth of the point's size
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,29 @@ class Evaluation:
         """Multipliers in the order of ``slack``."""
         inequality = self.point.y[:, self.program.equality.size :]
         return np.concatenate([inequality, self.point.lower, self.point.upper], axis=1)
+
+    @property
+    def regular_jacobian(self) -> Array:
+        """The Jacobian with vanishing rows zero: the system of a derivative is then singular, and says so."""
+        return np.where(self.vanishing[:, :, None], 0.0, self.jacobian)
+
+    @cached_property
+    def vanishing(self) -> Any:
+        """Rows of c whose gradient is nothing beside what it is nearby, (B, m) bool.
+
+        A sum of squares is one where all of them vanish: it holds without saying in which direction
+        (Gould et al. 2019, after observation 4.8). "Nearby" is a hundredth of the point's own size away.
+        """
+        norms = self.row_norms
+        if self.program.affine_constraints:
+            return norms < 0
+        z = self.point.z
+        size = np.maximum(np.sqrt((z**2).sum(axis=1, keepdims=True)), 1e-2)
+        direction = np.cos(1.0 + np.arange(z.shape[1]) ** 2)
+        step = 1e-2 * size * direction / np.linalg.norm(direction)
+        nearby = self.program.first_order(z + step, self.bound.parameters).jacobian
+        change = self.program.jacobian_pattern.dense(nearby) - self.jacobian
+        return norms < _VANISHING * np.sqrt((change**2).sum(axis=2))
 
     # -- unscaled ---------------------------------------------------------------------------------
 

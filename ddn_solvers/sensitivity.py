@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ddn_solvers.arrays import Array
 from ddn_solvers.assembly import assemble
 from ddn_solvers.binding import Binding, as_tensor, bind, check_finite, flat_point, initial_batch
 from ddn_solvers.certificate import Certificate, certify
@@ -33,7 +34,6 @@ from ddn_solvers.program import Program, compile_program
 from ddn_solvers.residuals import Bound, PrimalDual
 from ddn_solvers.solution import DualSolution, Solution, Stats, Status
 
-Array = np.ndarray[Any, np.dtype[np.float64]]
 # Slack, relative, within which a constraint may be active at a point given without multipliers.
 _NEARLY_ACTIVE = 1e-5
 # The given point may be this many times ``accuracy`` away from its polish.
@@ -68,7 +68,8 @@ def sensitivity(
     program, binding, point = _given(as_problem(problem), parameters, primal)
     # A batch of its own for every block, so that nothing is summed over samples before it has to be.
     blocks = tuple(
-        block.detach().expand(binding.samples, block.shape[-1]).contiguous().numpy() for block in binding.blocks
+        block.detach().expand(binding.samples, block.shape[-1]).contiguous().numpy()
+        for block in binding.blocks
     )
     found = _Found(program, policy, binding.dtype, point, dual)
     found.examine(blocks)
@@ -97,7 +98,13 @@ def attach(
     if outputs.z.shape == given.shape:  # the caller's own point, with the gradient of its polish
         outputs = outputs._replace(z=outputs.z + (given - outputs.z).detach())
     samples = len(found.status)
-    stats = Stats(("attach",) * samples, ("",) * samples, (None,) * samples, found.reasons, time.perf_counter() - started)
+    stats = Stats(
+        ("attach",) * samples,
+        ("",) * samples,
+        (None,) * samples,
+        found.reasons,
+        time.perf_counter() - started,
+    )
 
     def certificate() -> Certificate:
         return certify(found.verified, policy, binding.batch, found.distance)
@@ -163,12 +170,12 @@ class Sensitivity:
         if unknown:
             raise ProblemError(f"unknown parameter {unknown[0]!r} in tangents", expected=", ".join(declared))
         samples, directions = self.binding.samples, []
-        for block, name in zip(self.program.parameters, [*declared, *[None] * len(self.program.parameters)], strict=False):
-            if name in tangents:
-                tensor = as_tensor(f"tangent of {name!r}", tangents[name]).detach().to("cpu", torch.float64)
-                flat = self._expand(f"tangent of {name!r}", tensor, block.shape)
-            else:
-                flat = np.zeros((samples, block.size))
+        for block in self.program.parameters:  # declared ones, then captured tensors
+            flat = np.zeros((samples, block.size))
+            if block.name in declared and block.name in tangents:
+                where = f"tangent of {block.name!r}"
+                tensor = as_tensor(where, tangents[block.name]).detach().to("cpu", torch.float64)
+                flat = self._expand(where, tensor, block.shape)
             directions.append(flat)
         dz = self._linearisation().jvp(directions)[0]
         return self.program.variables.split(self.binding.give_back(dz, self.program.variables.size))
@@ -186,7 +193,9 @@ class Sensitivity:
         of = of or _only("variable", self.program.problem.variables)
         wrt = wrt or _only("parameter", self.program.problem.parameters)
         if wrt not in self.program.problem.parameters:
-            raise ProblemError(f"unknown parameter {wrt!r}", expected=", ".join(self.program.problem.parameters))
+            raise ProblemError(
+                f"unknown parameter {wrt!r}", expected=", ".join(self.program.problem.parameters)
+            )
         shape = self._shape_of(of)
         size, samples = math.prod(shape), self.binding.samples
         index = list(self.program.problem.parameters).index(wrt)
@@ -203,7 +212,10 @@ class Sensitivity:
 
     def _linearisation(self) -> Linearisation:
         verified: Verified = self.found.verified
-        singular, weak = verified.singular & verified.optimal, verified.active.weak.any(axis=1) & verified.optimal
+        singular, weak = (
+            verified.singular & verified.optimal,
+            verified.active.weak.any(axis=1) & verified.optimal,
+        )
         check_derivative(self.policy, bool(singular.any()), bool(weak.any()))
         return self._factored
 
@@ -245,7 +257,9 @@ class Sensitivity:
             whole = tensor.expand((*self.binding.batch, *shape))
         except RuntimeError as error:
             expected = f"a tensor that broadcasts to {(*self.binding.batch, *shape)}"
-            raise ProblemError(f"{where} has the wrong shape", expected=expected, got=str(tuple(tensor.shape))) from error
+            raise ProblemError(
+                f"{where} has the wrong shape", expected=expected, got=str(tuple(tensor.shape))
+            ) from error
         flat: Array = whole.reshape(self.binding.samples, math.prod(shape)).numpy()
         return flat
 
@@ -253,10 +267,9 @@ class Sensitivity:
         """(B, size) by key -> one cotangent of everything."""
         samples, n = self.binding.samples, self.program.variables.size
         equalities = self.program.equality.size
-        v = Cotangents(
-            *(torch.zeros(samples, k, dtype=torch.float64) for k in (n, self.program.constraints, n, n)),
-            torch.zeros(samples, dtype=torch.float64),
-        )
+        widths = {"z": n, "y": self.program.constraints, "lower": n, "upper": n}
+        zeros = {name: torch.zeros(samples, width, dtype=torch.float64) for name, width in widths.items()}
+        v = Cotangents(**zeros, objective=torch.zeros(samples, dtype=torch.float64))
         targets = {
             "": v.z,
             "equality": v.y[:, :equalities],
@@ -306,7 +319,12 @@ class _Found:
             status[i] = Status.NOT_A_KKT_POINT
             reasons[i] = f"the nearest KKT point is {moved[i]:.1e} away"
         self.verified = Verified(
-            verified.evaluation, verified.active, verified.singular, verified.condition, tuple(status), tuple(reasons)
+            verified.evaluation,
+            verified.active,
+            verified.singular,
+            verified.condition,
+            tuple(status),
+            tuple(reasons),
         )
         self.distance = moved
         return self.verified
@@ -346,12 +364,18 @@ def _with_dual(program: Program, z: Array, dual: DualSolution) -> PrimalDual:
         array: Array = joined.reshape(-1, layout.size).expand(len(z), layout.size).numpy().copy()
         return array
 
-    y = np.concatenate([flat(program.equality, dual.equality), flat(program.inequality, dual.inequality)], axis=1)
+    y = np.concatenate(
+        [flat(program.equality, dual.equality), flat(program.inequality, dual.inequality)], axis=1
+    )
     return PrimalDual(z, y, flat(program.variables, dual.lower), flat(program.variables, dual.upper))
 
 
 def _report(found: _Found, policy: Policy) -> None:
-    wrong = [(i, r) for i, (s, r) in enumerate(zip(found.status, found.reasons, strict=True)) if s is not Status.OPTIMAL]
+    wrong = [
+        (i, r)
+        for i, (s, r) in enumerate(zip(found.status, found.reasons, strict=True))
+        if s is not Status.OPTIMAL
+    ]
     if not wrong or policy.on_failure in ("nan", "mask"):
         return
     samples = ", ".join(f"sample {i}: {reason}" for i, reason in wrong[:5])

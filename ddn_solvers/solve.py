@@ -13,6 +13,7 @@ import torch
 
 from ddn_solvers import registry
 from ddn_solvers.adapter import Adapter, Batch, Feature, Method, Options, Point, ProblemClass
+from ddn_solvers.arrays import Array, Index, Mask
 from ddn_solvers.assembly import assemble
 from ddn_solvers.binding import Binding, bind, check_finite, flat_point, initial_batch
 from ddn_solvers.captures import Overrides
@@ -37,7 +38,6 @@ from ddn_solvers.program import Program, compile_program
 from ddn_solvers.residuals import Bound, PrimalDual
 from ddn_solvers.solution import Solution, Stats, Status
 
-Array = np.ndarray[Any, np.dtype[np.float64]]
 Solver = str | Sequence[str]
 
 # What "auto" tries, in order, by problem class; entries that cannot take the problem are passed over.
@@ -158,7 +158,9 @@ def routes(solver: Solver, program: Program) -> list[Route]:
             return _auto(program)
         return [_route(solver, program)]
     if not isinstance(solver, Sequence) or not solver or not all(isinstance(s, str) for s in solver):
-        raise ProblemError("solver is not a name", expected="'backend', 'backend:method', 'auto' or a list", got=repr(solver))
+        raise ProblemError(
+            "solver is not a name", expected="'backend', 'backend:method', 'auto' or a list", got=repr(solver)
+        )
     found: list[Route] = []
     refusal: BackendCannotSolve | None = None
     for name in solver:
@@ -189,7 +191,9 @@ def _auto(program: Program) -> list[Route]:
         except (BackendCannotSolve, BackendNotInstalled):
             continue
     if not found:
-        raise BackendCannotSolve("no installed backend can solve this problem; see ddn.compile(problem).explain()")
+        raise BackendCannotSolve(
+            "no installed backend can solve this problem; see ddn.compile(problem).explain()"
+        )
     return found
 
 
@@ -203,7 +207,9 @@ def as_options(options: Mapping[str, Any] | None) -> Options:
             continue
         good = isinstance(value, (int,) if kind is int else (int, float)) and not isinstance(value, bool)
         if not good or not value > 0:
-            raise ProblemError(f"option {name!r} is not valid", expected=f"a positive {kind.__name__}", got=repr(value))
+            raise ProblemError(
+                f"option {name!r} is not valid", expected=f"a positive {kind.__name__}", got=repr(value)
+            )
         limits[name] = kind(value)
     return Options(**limits, native=native)
 
@@ -240,18 +246,26 @@ class Search:
         check_finite(program, parameters)
         lower, upper = program.bounds(parameters)
         samples = max((len(p) for p in parameters if p.ndim == 2), default=self.samples)
-        lower, upper = (np.ascontiguousarray(np.broadcast_to(s, (samples, s.shape[1]))) for s in (lower, upper))
+        lower, upper = (
+            np.ascontiguousarray(np.broadcast_to(s, (samples, s.shape[1]))) for s in (lower, upper)
+        )
         bound = Bound(parameters, lower, upper)
         initial = np.clip(self._start(samples), lower, np.maximum(lower, upper))
         self._reset(samples)
         best = PrimalDual(
-            initial.copy(), np.zeros((samples, program.constraints)), np.zeros_like(initial), np.zeros_like(initial)
+            initial.copy(),
+            np.zeros((samples, program.constraints)),
+            np.zeros_like(initial),
+            np.zeros_like(initial),
         )
         crossed = lower > upper
-        open_ = ~crossed.any(axis=1)
+        open_: Mask = np.logical_not(crossed.any(axis=1))
         for i in np.flatnonzero(~open_):
             name = program.variables.element(int(np.flatnonzero(crossed[i])[0]))
-            self.status[i], self.reasons[i] = Status.INFEASIBLE, f"the bounds of {name} contradict: lower > upper"
+            self.status[i], self.reasons[i] = (
+                Status.INFEASIBLE,
+                f"the bounds of {name} contradict: lower > upper",
+            )
         refusal: BackendCannotSolve | None = None
         for route in self.routes:
             remaining = np.flatnonzero(open_)
@@ -283,21 +297,27 @@ class Search:
         self.reasons, self.backend, self.method = [""] * samples, [""] * samples, [""] * samples
         self.iterations = [None] * samples
 
-    def _call(self, route: Route, bound: Bound, initial: Array, samples: Array) -> list[Point]:
+    def _call(self, route: Route, bound: Bound, initial: Array, samples: Index) -> list[Point]:
         """The backend's points; an exception of its own fails the samples, not the program."""
         warm = None
         if self.warm_start is not None and len(self.warm_start) == len(self.status):
             warm = [self.warm_start[i] for i in samples]
         batch = Batch(
-            self.program, bound.parameters, bound.lower, bound.upper, initial, route.method.name, self.options, warm
+            self.program,
+            bound.parameters,
+            bound.lower,
+            bound.upper,
+            initial,
+            route.method.name,
+            self.options,
+            warm,
         )
         try:
             points = route.adapter.solve_batch(batch)
         except DDNError:
             raise
-        except Exception as error:
-            message = f"{type(error).__name__}: {error}"
-            points = [Point(z, Status.BACKEND_ERROR, message=message) for z in initial]
+        except Exception:  # of some sample: ask one by one
+            points = [_isolated(route.adapter, batch, i) for i in range(len(batch))]
         return [self._checked(point, z) for point, z in zip(points, initial, strict=True)]
 
     def _checked(self, point: Point, initial: Array) -> Point:
@@ -310,7 +330,7 @@ class Search:
         return point
 
     def _judge(
-        self, route: Route, points: list[Point], bound: Bound, samples: Array, best: PrimalDual, open_: Array
+        self, route: Route, points: list[Point], bound: Bound, samples: Index, best: PrimalDual, open_: Mask
     ) -> None:
         """Verify what a backend returned; keep the better of old and new, close what is solved."""
         part = bound.take(samples)
@@ -369,6 +389,15 @@ class Search:
         return self.verified
 
 
+def _isolated(adapter: Adapter, batch: Batch, i: int) -> Point:
+    try:
+        return adapter.solve(batch[i])
+    except DDNError:
+        raise
+    except Exception as error:
+        return Point(batch.initial[i], Status.BACKEND_ERROR, message=f"{type(error).__name__}: {error}")
+
+
 def _verdict(point: Point, verified: Status, reason: str) -> tuple[Status, str]:
     if verified is Status.OPTIMAL:
         return verified, ""
@@ -418,7 +447,9 @@ def _warm_points(program: Program, warm_start: Solution | None, binding: Binding
     if warm_start is None:
         return None
     if not isinstance(warm_start, Solution):
-        raise ProblemError("warm_start is not a solution", expected="a ddn Solution", got=type(warm_start).__name__)
+        raise ProblemError(
+            "warm_start is not a solution", expected="a ddn Solution", got=type(warm_start).__name__
+        )
     if len(warm_start.status) != binding.samples or set(warm_start.primal) != set(program.problem.variables):
         raise ProblemError(
             "warm_start is the solution of another batch or problem",
@@ -456,7 +487,9 @@ def report_failures(solution: Solution, search: Search, policy: Policy) -> None:
         return
     total = len(search.status)
     shown = [
-        (f"sample {i}: " if total > 1 else "") + search.status[i].value + (f" ({search.reasons[i]})" if search.reasons[i] else "")
+        (f"sample {i}: " if total > 1 else "")
+        + search.status[i].value
+        + (f" ({search.reasons[i]})" if search.reasons[i] else "")
         for i in failed[:5]
     ]
     more = f"; and {len(failed) - 5} more" if len(failed) > 5 else ""
@@ -476,5 +509,3 @@ def warn_if_callbacks(program: Program) -> None:
             FallbackWarning,
             stacklevel=4,
         )
-
-

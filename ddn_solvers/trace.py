@@ -178,7 +178,7 @@ class Substitution(TorchFunctionMode):
         proxy_mode = get_proxy_mode()
         if proxy_mode is None:
             return _widen(func(*args, **kwargs))
-        graph = proxy_mode.tracer.graph  # type: ignore[attr-defined]  # either kind of proxy mode
+        graph = proxy_mode.tracer.graph
         before = len(graph.nodes)
         result = _widen(func(*args, **kwargs))
         node, source = graph._root._prev, ""
@@ -199,7 +199,9 @@ class Substitution(TorchFunctionMode):
         if value.requires_grad and self.tracing:  # captured out of the accessors' sight
             self.undeclared.append(value)
         if value.is_floating_point() and (value.dtype != torch.float64 or value.device.type != "cpu"):
-            stand_in = value.detach().to("cpu", torch.float64) if self.tracing else value.to("cpu", torch.float64)
+            stand_in = (
+                value.detach().to("cpu", torch.float64) if self.tracing else value.to("cpu", torch.float64)
+            )
             self._alive.append(value)
             self.replacements[id(value)] = stand_in
             return stand_in
@@ -245,9 +247,12 @@ _VALUE_READERS = {
 }
 
 
+_DATA: Any = torch.Tensor.data.__get__  # type: ignore[attr-defined]  # a descriptor
+
+
 def _refuse_what_loses_values(func: Any, args: tuple[Any, ...]) -> None:
     """Reading a value into Python: a branch is a matter for callbacks, a number loses its derivative."""
-    tensor = args[0] if args else None
+    tensor: Any = args[0] if args else None
     reader = _VALUE_READERS.get(func)
     if reader is not None and _is_symbolic(tensor):
         if reader == "__bool__" or not tensor.is_floating_point():
@@ -256,9 +261,10 @@ def _refuse_what_loses_values(func: Any, args: tuple[Any, ...]) -> None:
             f"'{reader}' at {user_line()} turns a tensor into a Python number, which loses its derivative. "
             "Keep it a tensor, or take constants from outside the function."
         )
-    if func is torch.Tensor.data.__get__ and _is_symbolic(tensor):
+    if func is _DATA and _is_symbolic(tensor):
         raise Untraceable("'.data'", user_line())
-    if func is torch._C._set_grad_enabled and args[0] is False:
+    silent = not torch.is_grad_enabled() and func is not torch._C._set_grad_enabled
+    if silent and any(map(_is_symbolic, pytree.tree_leaves(args))):
         raise Untraceable("'torch.no_grad'", user_line())
 
 
@@ -292,7 +298,9 @@ def evaluate(
             value = term.function(**{name: inputs[name] for name in term.arguments})
         for name in term.arguments:
             if inputs[name]._version != versions[name]:
-                raise TraceError(f"{term.label} changes its argument {name!r} in place; work on a clone of it")
+                raise TraceError(
+                    f"{term.label} changes its argument {name!r} in place; work on a clone of it"
+                )
         results.append(_checked(term, value))
     return tuple(results)
 
@@ -301,10 +309,14 @@ def _checked(term: Term, value: Any) -> torch.Tensor:
     where = f"{term.label}, {callable_name(term.function)},"
     if not isinstance(value, torch.Tensor):
         raise ProblemError(
-            f"{where} does not return a tensor", expected="a tensor made from its arguments", got=type(value).__name__
+            f"{where} does not return a tensor",
+            expected="a tensor made from its arguments",
+            got=type(value).__name__,
         )
     if not value.is_floating_point():
-        raise ProblemError(f"{where} returns the wrong dtype", expected="a floating-point tensor", got=str(value.dtype))
+        raise ProblemError(
+            f"{where} returns the wrong dtype", expected="a floating-point tensor", got=str(value.dtype)
+        )
     if term.kind == "objective" and value.dim() != 0:
         raise ProblemError(
             f"{where} does not return a scalar",
@@ -365,13 +377,17 @@ def _attempt(
         if module is None:
             undeclared.clear()
             module = _trace_functional(joint, shapes)
+        _clean(module)
         _check_sound(module, len(problem.variables))
     except (DDNError, Untraceable) as error:
         if isinstance(error, Untraceable):
             return None, _output_shapes(problem, terms), [], error
         raise
     except Exception as error:  # anything else: torch itself decides whether the function is wrong
-        refusal = Untraceable(f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__, _line_of(error))
+        refusal = Untraceable(
+            f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__,
+            _line_of(error),
+        )
         return None, _output_shapes(problem, terms), [], refusal
     output = next(node for node in module.graph.nodes if node.op == "output")
     return module, tuple(tuple(node.meta["val"].shape) for node in output.args[0]), undeclared, None
@@ -379,22 +395,30 @@ def _attempt(
 
 def _trace_whole(joint: Callable[..., Any], shapes: Sequence[Sequence[int]]) -> fx.GraphModule | None:
     """Pre-dispatch graph, or ``None`` if it would have to mutate or lost sight of a value."""
-    module = make_fx(joint, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)(*_fake(shapes))
+    module = make_fx(joint, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)(
+        *_fake(shapes)
+    )
     for node in module.graph.nodes:
         if node.op == "get_attr" and isinstance(getattr(module, node.target), FakeTensor):
             return None
-        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
-            if node.target._schema.is_mutable:
-                return None
-    module.graph.eliminate_dead_code()
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            return None
     return module
 
 
 def _trace_functional(joint: Callable[..., Any], shapes: Sequence[Sequence[int]]) -> fx.GraphModule:
     functional = torch.func.functionalize(joint, remove="mutations")
-    module = make_fx(functional, tracing_mode="fake", _allow_non_fake_inputs=True)(*_fake(shapes))
+    return make_fx(functional, tracing_mode="fake", _allow_non_fake_inputs=True)(*_fake(shapes))
+
+
+def _clean(module: fx.GraphModule) -> None:
+    """Take out dead code and switches of the grad mode, which would outlive an evaluation of the graph."""
+    for node in list(module.graph.nodes):
+        if node.target is torch._C._set_grad_enabled:
+            module.graph.erase_node(node)
     module.graph.eliminate_dead_code()
-    return module
+    module.recompile()
 
 
 def _fake(shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:

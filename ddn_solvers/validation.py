@@ -101,7 +101,9 @@ def check_arguments(where: str, function: object, known: Sequence[str]) -> None:
                 fix="Arguments are bound by name: write them out.",
             )
         if argument.kind is argument.POSITIONAL_ONLY:
-            raise ProblemError(f"{where} takes {argument.name!r} by position only", expected="named arguments")
+            raise ProblemError(
+                f"{where} takes {argument.name!r} by position only", expected="named arguments"
+            )
         if argument.name not in known and argument.default is argument.empty:
             raise ProblemError(
                 f"{where} takes an unknown argument {argument.name!r}",
@@ -143,7 +145,9 @@ def _shapes(field: str, shapes: object) -> dict[str, tuple[int, ...]]:
                 f"{field}[{name!r}] is not a shape", expected=f"a tuple such as ({shape},)", got=repr(shape)
             )
         if not isinstance(shape, Sequence) or isinstance(shape, str):
-            raise ProblemError(f"{field}[{name!r}] is not a shape", expected="a tuple of integers", got=repr(shape))
+            raise ProblemError(
+                f"{field}[{name!r}] is not a shape", expected="a tuple of integers", got=repr(shape)
+            )
         for extent in shape:
             if not isinstance(extent, numbers.Integral) or isinstance(extent, bool) or extent < 0:
                 raise ProblemError(
@@ -180,10 +184,16 @@ def _constraints(field: str, value: object, known: Sequence[str]) -> dict[str, C
     elif isinstance(value, Sequence) and not isinstance(value, str):
         named = {f"{field}{i}": function for i, function in enumerate(value)}
     else:
-        raise ProblemError(f"{field} is not a set of functions", expected="a function, a list, or a dict by name", got=type(value).__name__)
+        raise ProblemError(
+            f"{field} is not a set of functions",
+            expected="a function, a list, or a dict by name",
+            got=type(value).__name__,
+        )
     for name, function in named.items():
         if not isinstance(name, str) or not name or "." in name:
-            raise ProblemError(f"{field} has an unusable name", expected="a string without dots", got=repr(name))
+            raise ProblemError(
+                f"{field} has an unusable name", expected="a string without dots", got=repr(name)
+            )
         check_arguments(f"{field}[{name!r}]", function, known)
     return named
 
@@ -194,12 +204,15 @@ def _bounds(
     if bounds is None:
         return {}
     if not isinstance(bounds, Mapping):
-        raise ProblemError("bounds is not a dict", expected="variable -> (lower, upper)", got=type(bounds).__name__)
+        raise ProblemError(
+            "bounds is not a dict", expected="variable -> (lower, upper)", got=type(bounds).__name__
+        )
     checked = {}
     for name, pair in bounds.items():
         if name not in variables:
             raise ProblemError(
-                f"bounds names an unknown variable {name!r}", expected="one of " + ", ".join(map(repr, variables))
+                f"bounds names an unknown variable {name!r}",
+                expected="one of " + ", ".join(map(repr, variables)),
             )
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise ProblemError(f"bounds[{name!r}] is not a pair", expected="(lower, upper)", got=repr(pair))
@@ -216,7 +229,9 @@ def _bound(where: str, value: Any, shape: tuple[int, ...], parameters: Mapping[s
     if value is None:
         return None
     if isinstance(value, bool):
-        raise ProblemError(f"{where} is a bool", expected="None, a number, a tensor, a parameter's name or a function")
+        raise ProblemError(
+            f"{where} is a bool", expected="None, a number, a tensor, a parameter's name or a function"
+        )
     if isinstance(value, str):
         if value not in parameters:
             raise ProblemError(
@@ -230,7 +245,9 @@ def _bound(where: str, value: Any, shape: tuple[int, ...], parameters: Mapping[s
     if isinstance(value, torch.Tensor):
         if not value.is_floating_point():
             value_dtype = str(value.dtype)
-            raise ProblemError(f"{where} has the wrong dtype", expected="a floating-point tensor", got=value_dtype)
+            raise ProblemError(
+                f"{where} has the wrong dtype", expected="a floating-point tensor", got=value_dtype
+            )
         _check_broadcast(where, tuple(value.shape), shape)
         return _check_constant(where, value.detach(), value)
     if callable(value):
@@ -255,7 +272,9 @@ def _check_broadcast(where: str, shape: tuple[int, ...], target: tuple[int, ...]
     except RuntimeError:
         fits = False
     if not fits:
-        raise ProblemError(f"{where} has the wrong shape", expected=f"a shape that broadcasts to {target}", got=str(shape))
+        raise ProblemError(
+            f"{where} has the wrong shape", expected=f"a shape that broadcasts to {target}", got=str(shape)
+        )
 
 
 def _check_order(name: str, lower: Any, upper: Any) -> None:

@@ -428,11 +428,11 @@ def test_hessian_and_third_derivative(solver):
     x, r = case.parameters["x"], case.parameters["r"]
     layer = ddn.DeclarativeLayer(case.problem, solver=solver)
 
-    def loss(x, y=layer):
-        return (y(x, r, initial=case.initial) if y is layer else y(x, r)).pow(3).sum()
+    def loss(x):
+        return layer(x, r, initial=case.initial).pow(3).sum()
 
     def reference(x):
-        return loss(x, case.formula)
+        return (r * x * (x @ x).rsqrt()).pow(3).sum()
 
     assert close(torch.func.hessian(loss)(x), torch.func.hessian(reference)(x), 1e-8)
     third = torch.func.jacrev(torch.func.jacrev(torch.func.jacrev(loss)))(x)
@@ -462,14 +462,22 @@ def test_nested_transforms_are_right_or_refused(outer, inner, mapped, solver):
     assert close(found, reference, 1e-8)
 
 
-def test_batched_cotangents():
-    """``is_grads_batched`` and the vectorised Jacobian of torch.autograd."""
+@pytest.mark.parametrize("how", ["is_grads_batched", "vectorize"])
+def test_batched_cotangents_are_right_or_refused(how):
+    """torch.autograd's own batching of cotangents, older than torch.func."""
     x, r = vector(1, 2, -2).requires_grad_(), vector(1.5)[0]
-    expected = torch.autograd.functional.jacobian(lambda x: ball(x, r), x)
-    y = ddn.solve(CLOSED["ball-outside"].problem, {"x": x, "r": r})["u"]
-    assert close(torch.autograd.grad(y, x, torch.eye(3, dtype=D), is_grads_batched=True)[0], expected)
     layer = ddn.DeclarativeLayer(CLOSED["ball-outside"].problem)
-    assert close(torch.autograd.functional.jacobian(lambda x: layer(x, r), x, vectorize=True), expected)
+    run = {
+        "is_grads_batched": lambda: torch.autograd.grad(
+            layer(x, r), x, torch.eye(3, dtype=D), is_grads_batched=True
+        )[0],
+        "vectorize": lambda: torch.autograd.functional.jacobian(lambda x: layer(x, r), x, vectorize=True),
+    }
+    try:
+        found = run[how]()
+    except ddn.SensitivityError:
+        return
+    assert close(found, torch.autograd.functional.jacobian(lambda x: ball(x, r), x))
 
 
 @on_all

@@ -469,6 +469,20 @@ def test_a_bare_backend_chooses_a_method(solver):
     assert solver in ("auto", s.stats.backend[0])
 
 
+@pytest.mark.parametrize("solver", ["auto", "casadi"])
+def test_a_qp_does_not_go_to_a_general_solver_by_default(solver):
+    assert ddn.solve(BOX, {"x": rand(3)}, solver=solver).stats.method[0] not in (
+        "ipopt",
+        "SLSQP",
+        "sqpmethod",
+    )
+
+
+def test_an_lp_goes_to_an_lp_solver_by_default():
+    problem = ddn.linear_program(2, bounds=(0, 1))
+    assert ddn.solve(problem, {"c": rand(2)}).stats.method[0] == "highs"
+
+
 @pytest.mark.parametrize("solver", QP_SOLVERS)
 def test_an_unknown_option_is_an_error_by_name(solver):
     with pytest.raises(ddn.ProblemError, match="max_itter"):
@@ -694,6 +708,57 @@ def test_nan_gradient_of_a_shared_parameter_does_not_hide(solver):
         assert shared.grad.isfinite().all() == clean
 
 
+PARTLY_NAN = ddn.Problem(  # the functions of a sample with r < 0 are NaN, its parameters are not
+    {"u": (2,)},
+    {"x": (2,), "r": (), "s": ()},
+    lambda u, x, r, s: (s * (u - x).square() + (s + r.sqrt()) * u.exp()).sum(),
+)
+
+
+@pytest.mark.parametrize("how", ["backward", "create_graph", "jvp", "second"])
+def test_a_masked_sample_of_nan_functions_leaves_no_trace(how):
+    """Also where the differentiable backward runs: its zero is a zero, and shared gradients stay finite."""
+    values = {
+        "x": 1 + rand(2, 2).abs(),
+        "r": torch.tensor([1.0, -1.0], dtype=D),
+        "s": torch.tensor(1.5, dtype=D),
+    }
+
+    def derivatives(values):
+        p = {k: v.clone().requires_grad_() for k, v in values.items()}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*torch.jit.script", DeprecationWarning)
+            if how == "jvp":
+                tangents = tuple(torch.ones_like(v) for v in values.values())
+                run = lambda *v: solve(dict(zip(values, v, strict=True)))  # noqa: E731
+                return (torch.func.jvp(run, tuple(values.values()), tangents)[1],)
+        grads = torch.autograd.grad(solve(p).sum(), list(p.values()), create_graph=how != "backward")
+        if how != "second":
+            return grads
+        total = sum(g.sum() for g in grads)
+        return torch.autograd.grad(total, list(p.values()))
+
+    def solve(p):
+        return ddn.solve(PARTLY_NAN, p, solver="casadi:ipopt", policy=ddn.Policy("mask"))["u"]
+
+    whole = derivatives(values)
+    alone = derivatives({k: v[0] if v.dim() and k != "s" else v for k, v in values.items()})
+    for a, b in zip(whole, alone, strict=True):
+        if a.shape == b.shape:
+            assert close(a, b)
+        else:
+            assert close(a[0], b)
+            assert torch.equal(a[1], torch.zeros_like(a[1]))
+
+
+def test_residuals_of_a_failed_sample_are_those_of_its_last_point():
+    x = torch.ones(2, 2, dtype=D)
+    s = ddn.solve(RING, {"x": x, "gap": torch.tensor([1.0, -1.0], dtype=D)}, policy=ddn.Policy("mask"))
+    violation = s["u"].square().sum(-1) - torch.tensor([1.0, -1.0], dtype=D)
+    assert close(s.residuals.feasibility, violation.clamp(min=0))
+    assert s.residuals.feasibility[1] >= 1
+
+
 @on_all
 def test_all_samples_bad(solver):
     x, gap = torch.ones(2, 2, dtype=D, requires_grad=True), torch.tensor(-1.0, dtype=D)
@@ -713,11 +778,12 @@ def test_the_layers_policy_and_the_calls():
         layer(x, -1.0, policy=ddn.Policy())
 
 
-def test_warnings_are_raised_each_time_anew():
+def test_warnings_come_each_time_anew_and_point_at_the_caller():
     for _ in range(2):
         with pytest.warns(ddn.ConvergenceWarning) as record:
             ddn.solve(RING, {"x": torch.ones(2, dtype=D), "gap": -1.0}, policy=ddn.Policy("warn"))
         assert len(record) == 1
+        assert record[0].filename == __file__
 
 
 # -- not a minimum ----------------------------------------------------------------------------------------------------

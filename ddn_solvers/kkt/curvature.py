@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from ddn_solvers.active_set import ActiveSet
+from ddn_solvers.arrays import Array
 from ddn_solvers.residuals import Evaluation
 
-Array = np.ndarray[Any, np.dtype[np.float64]]
 _CLEARLY = 1e-7  # relative to the largest entry of H: below it, an eigenvalue may be rounding
 _RHO = 1e3  # weight of the active rows, relative to H
 _RANK = 1e-10  # relative singular value below which rows count as dependent
@@ -81,8 +81,8 @@ def surely_minimal(evaluation: Evaluation, active: ActiveSet) -> bool:
 
 
 def _normalised(evaluation: Evaluation) -> Array:
-    """Rows of unit norm, so that rank does not depend on the units of a constraint."""
+    """Rows of unit norm, so that rank does not depend on the units of a constraint; vanishing ones zero."""
     norms = evaluation.row_norms[:, :, None]
-    negligible = norms <= 1e-12 * np.maximum(1.0, norms.max(axis=1, initial=0.0, keepdims=True))
+    negligible = evaluation.vanishing[:, :, None] | (norms <= 1e-300)
     scaled: Array = np.where(negligible, 0.0, evaluation.jacobian / np.where(negligible, 1.0, norms))
     return scaled

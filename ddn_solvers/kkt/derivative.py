@@ -21,16 +21,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 
 from ddn_solvers.active_set import ActiveSet
+from ddn_solvers.arrays import Array, Mask
 from ddn_solvers.kkt.system import System
 from ddn_solvers.policy import Policy
 from ddn_solvers.program import Program
 from ddn_solvers.residuals import Evaluation
-
-Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,9 @@ class Adjoint:
     e: torch.Tensor
 
 
-def choices(sides: torch.Tensor, weak: torch.Tensor, m: int, n: int, policy: Policy) -> list[tuple[float, Masks]]:
+def choices(
+    sides: torch.Tensor, weak: torch.Tensor, m: int, n: int, policy: Policy
+) -> list[tuple[float, Masks]]:
     """The active sets whose solutions are averaged: one, or two for ``weakly_active="mean"``."""
     with_weak, without = _masks(sides, m, n), _masks(sides & ~weak, m, n)
     return {
@@ -114,7 +114,7 @@ class Linearisation:
 
     evaluation: Evaluation
     active: ActiveSet
-    singular: Array
+    singular: Mask
     policy: Policy
 
     @cached_property
@@ -122,11 +122,11 @@ class Linearisation:
         sides, weak = torch.from_numpy(self.active.sides), torch.from_numpy(self.active.weak)
         m, n = self.evaluation.program.constraints, self.active.n
         proximal = self.policy.proximal if self.policy.on_singular == "proximal" else None
-        options = {"linear_solver": self.policy.linear_solver, "proximal": proximal}
+        options: dict[str, Any] = {"linear_solver": self.policy.linear_solver, "proximal": proximal}
         result = []
         for weight, masks in choices(sides, weak, m, n, self.policy):
             hessian = torch.from_numpy(self.evaluation.hessian)
-            jacobian = torch.from_numpy(self.evaluation.jacobian)
+            jacobian = torch.from_numpy(self.evaluation.regular_jacobian)
             result.append(
                 (weight, masks, System(hessian, jacobian, masks.constraints, masks.fixed, **options))
             )
@@ -189,7 +189,7 @@ class TorchLinearisation:
         self._dims = [0 if p.dim() == 2 else None for p in self.parameters]
         hessian = self._map(torch.func.jacrev(self._gradient))(z, at.y, *self.parameters)
         jacobian = self._map(torch.func.jacrev(self._constraints))(z, at.y, *self.parameters)
-        options = {
+        options: dict[str, Any] = {
             "singular": singular,
             "repair": repair,
             "linear_solver": policy.linear_solver,
@@ -269,8 +269,8 @@ class TorchLinearisation:
 
 def _directional(function: Callable[..., Any], p: Sequence[torch.Tensor], dp: Sequence[torch.Tensor]) -> Any:
     """Directional derivative by reverse mode twice: torch cannot nest its forward mode (v -> J^T v is linear)."""
-    values, pullback = torch.func.vjp(function, *p)
-    _, pushforward = torch.func.vjp(pullback, tuple(torch.zeros_like(v) for v in values))
+    values, pullback = torch.func.vjp(function, *p)[:2]
+    pushforward = torch.func.vjp(pullback, tuple(torch.zeros_like(v) for v in values))[1]
     (directions,) = pushforward(tuple(dp))
     return directions
 

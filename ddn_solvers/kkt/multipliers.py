@@ -8,14 +8,11 @@ problem with signs is solved.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
+from ddn_solvers.arrays import Array
 from ddn_solvers.program import Program
 from ddn_solvers.residuals import Bound, Evaluation, PrimalDual
-
-Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
 def least_squares_multipliers(program: Program, bound: Bound, z: Array, tolerance: float) -> PrimalDual:

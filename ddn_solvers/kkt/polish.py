@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddn_solvers.active_set import ActiveSet, Mask, fixed_by_bounds, identify
+from ddn_solvers.active_set import ActiveSet, fixed_by_bounds, identify
+from ddn_solvers.arrays import Array, Index, Mask
 from ddn_solvers.kkt.system import System
 from ddn_solvers.program import Program
 from ddn_solvers.residuals import Bound, Evaluation, PrimalDual
 
-Array = np.ndarray[Any, np.dtype[np.float64]]
 _MAX_STEPS = 8
 _CONVERGED = 1e-9  # relative step after which, the convergence being quadratic, another is rounding
 _SIGN = 1e-11  # scaled slack or multiplier that counts as negative
@@ -117,19 +117,20 @@ def _corrected(active: ActiveSet, tried: Evaluation) -> ActiveSet:
     return replace(active, sides=sides)
 
 
-def _put_evaluation(whole: Evaluation, samples: Array, part: Evaluation, accept: Mask) -> Evaluation:
+def _put_evaluation(whole: Evaluation, samples: Index, part: Evaluation, accept: Mask) -> Evaluation:
     if accept.all() and len(samples) == len(whole.point.z):
         return part
     point = PrimalDual(
         **{k: _put(v, samples, getattr(part.point, k), accept) for k, v in vars(whole.point).items()}
     )
     first = replace(
-        whole.first, **{k: _put(v, samples, getattr(part.first, k), accept) for k, v in vars(whole.first).items()}
+        whole.first,
+        **{k: _put(v, samples, getattr(part.first, k), accept) for k, v in vars(whole.first).items()},
     )
     return Evaluation(whole.program, whole.bound, point, first)
 
 
-def _put(whole: Any, samples: Array, part: Any, accept: Mask) -> Any:
+def _put(whole: Any, samples: Index, part: Any, accept: Mask) -> Any:
     result = whole.copy()
     result[samples[accept]] = part[accept]
     return result

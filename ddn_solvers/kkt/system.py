@@ -26,8 +26,8 @@ import torch
 from ddn_solvers.kkt.linear import (
     SINGULAR,
     Custom,
-    DenseLU,
     DenseInverse,
+    DenseLU,
     LeastSquares,
     LinearSolver,
     condition,
@@ -113,7 +113,9 @@ class System:
         v = torch.where(self.fixed, v, 0.0)
         moved_a = a - _times(self.hessian, v)
         moved_b = b - _times(self.jacobian, v)
-        rhs = torch.cat([torch.where(self.fixed, 0.0, moved_a), torch.where(self.active, moved_b, 0.0)], dim=-1)
+        rhs = torch.cat(
+            [torch.where(self.fixed, 0.0, moved_a), torch.where(self.active, moved_b, 0.0)], dim=-1
+        )
         solution = self._scale * self._solver.compute(self._state, self._scale * rhs)
         if self._repair:
             least = self._units * self._fallback.compute(self._fallback_state, self._units * rhs)

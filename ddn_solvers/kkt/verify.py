@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddn_solvers.active_set import ActiveSet, Mask, identify
+from ddn_solvers.active_set import ActiveSet, identify
+from ddn_solvers.arrays import Array, Mask
 from ddn_solvers.kkt.curvature import curvature, surely_minimal
 from ddn_solvers.kkt.polish import polish
 from ddn_solvers.policy import Policy
@@ -21,7 +22,6 @@ from ddn_solvers.program import Kink, Program
 from ddn_solvers.residuals import Bound, Evaluation, PrimalDual
 from ddn_solvers.solution import Status
 
-Array = np.ndarray[Any, np.dtype[np.float64]]
 _ON_KINK = 1e-8  # |residual| / max(1, |z|) that counts as sitting on a kink, once polished
 _NEAR_KINK = 1e-2  # and as possibly the reason why a point is not stationary
 
@@ -52,7 +52,12 @@ class Verified:
 
 
 def verify(
-    program: Program, bound: Bound, start: PrimalDual, policy: Policy, dtype: torch.dtype, minimum: bool = True
+    program: Program,
+    bound: Bound,
+    start: PrimalDual,
+    policy: Policy,
+    dtype: torch.dtype,
+    minimum: bool = True,
 ) -> Verified:
     """Polish and judge a batch of points.
 
@@ -69,6 +74,7 @@ def verify(
         tolerance = np.maximum(policy.activity_tolerance(dtype), 10 * evaluation.scaled)
         active = identify(evaluation, np.where(np.isfinite(tolerance), tolerance, 0.0))
         kinks = _kinks(evaluation)
+        singular = polished.singular | (evaluation.vanishing & active.constraints).any(axis=1)
         bent = np.zeros(len(start.z), dtype=bool)
         if minimum and program.may_be_nonconvex and not surely_minimal(evaluation, active):
             bent = curvature(evaluation, active).negative
@@ -79,16 +85,21 @@ def verify(
             "complementarity": complementarity[i],
             "stationarity" if polished.singular[i] else "predicted Newton step": distance[i],
         }
-        verdict, reason = _judge(numbers, evaluation.first.objective[i], kinks[i], program.kinks, bool(bent[i]), policy.accuracy)
+        verdict, reason = _judge(
+            numbers, evaluation.first.objective[i], kinks[i], program.kinks, bool(bent[i]), policy.accuracy
+        )
         status.append(verdict)
         reasons.append(reason)
-    return Verified(
-        evaluation, active, polished.singular, polished.condition, tuple(status), tuple(reasons)
-    )
+    return Verified(evaluation, active, singular, polished.condition, tuple(status), tuple(reasons))
 
 
 def _judge(
-    numbers: dict[str, Any], objective: float, kinks: Array, names: tuple[Kink, ...], bent: bool, accuracy: float
+    numbers: dict[str, Any],
+    objective: float,
+    kinks: Array,
+    names: tuple[Kink, ...],
+    bent: bool,
+    accuracy: float,
 ) -> tuple[Status, str]:
     if not np.isfinite(list(numbers.values())).all() or not np.isfinite(objective):
         return Status.NUMERICAL_ERROR, "the point or the functions there are not finite"

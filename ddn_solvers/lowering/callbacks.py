@@ -17,7 +17,6 @@ import torch
 from ddn_solvers.lowering.pattern import Pattern
 from ddn_solvers.lowering.to_casadi import KinkExpression
 
-Array = np.ndarray[Any, np.dtype[np.float64]]
 # (z, parameter blocks) -> f, c, lower, upper; flat tensors, differentiable
 Evaluate = Callable[[torch.Tensor, Sequence[torch.Tensor]], tuple[torch.Tensor, ...]]
 
@@ -50,7 +49,6 @@ class _TorchCallback(ca.Callback):  # type: ignore[misc]  # casadi has no stubs
         with torch.enable_grad():
             return [ca.DM(t.detach().reshape(-1).numpy()) for t in self._compute(*tensors)]
 
-
     def has_reverse(self, seeds: int) -> bool:
         return seeds == 1
 
@@ -82,6 +80,9 @@ class CallbackFunctions:
         self._sizes = list(parameter_sizes)
         self.jacobian_pattern = _full(constraints, n)
         self.hessian_pattern = _full(n, n)
+
+    def constant_hessian(self) -> None:
+        """Unknown, as the degree is."""
 
     def degree(self, kind: str, name: str) -> int | None:
         """Unknown: nothing can be read off a function without a graph."""
@@ -155,7 +156,9 @@ class CallbackFunctions:
 
             return torch.func.jvp(all_of, tuple(p), tuple(dp))[1]
 
-        return self._function("tangent", [self._m, *self._sizes], [self._n, self._m, self._n, self._n], compute)
+        return self._function(
+            "tangent", [self._m, *self._sizes], [self._n, self._m, self._n, self._n], compute
+        )
 
     @cached_property
     def kinks(self) -> ca.Function:
@@ -167,7 +170,7 @@ class CallbackFunctions:
         return _TorchCallback(name, [self._n, *self._sizes, *extra], sizes_out, compute)
 
 
-def _gradient(value: torch.Tensor, of: torch.Tensor, **options: bool) -> torch.Tensor:
+def _gradient(value: torch.Tensor, of: torch.Tensor, **options: Any) -> torch.Tensor:
     if not value.requires_grad:
         return torch.zeros_like(of)
     (gradient,) = torch.autograd.grad(value, of, allow_unused=True, materialize_grads=True, **options)

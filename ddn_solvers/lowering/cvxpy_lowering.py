@@ -26,11 +26,11 @@ from torch import fx
 from torch._decomp import core_aten_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from ddn_solvers.arrays import Array
 from ddn_solvers.layout import Shape
 from ddn_solvers.lowering import cvxpy_operations as ops
 from ddn_solvers.lowering.cvxpy_operations import Expression, Refusal, Tensor, operation_name_of
 
-Array = np.ndarray[Any, np.dtype[np.float64]]
 Values = Mapping[fx.Node, Array]
 
 # Operations that read the shape of their argument only, not its values.
@@ -478,8 +478,7 @@ class Lowering:
 
 
 def _shape_only(target: Any, shape: Shape, args: Any, kwargs: Any) -> torch.Tensor:
-    result = target(torch.zeros(shape, dtype=torch.float64), *args[1:], **kwargs)
-    return result  # type: ignore[no-any-return]
+    return target(torch.zeros(shape, dtype=torch.float64), *args[1:], **kwargs)
 
 
 # Keyword arguments that say where and how a result is stored.

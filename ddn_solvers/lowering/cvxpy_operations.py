@@ -824,7 +824,7 @@ def _same_value(x: Any, y: Any) -> bool:
 def _squared(node: Any) -> fx.Node | None:
     """x, where the node is x squared elementwise."""
     if _is(node, "square") or (_is(node, "pow") and node.args[1] == 2):
-        return node.args[0]  # type: ignore[no-any-return]
+        return node.args[0]
     return node.args[0] if _is(node, "mul") and _same_value(*node.args[:2]) else None
 
 

@@ -7,12 +7,12 @@ memory. So the arrays are handed over as they are, and ``Function.map`` runs ove
 from __future__ import annotations
 
 import threading
-from typing import Any
 
 import casadi as ca
 import numpy as np
 
-Array = np.ndarray[Any, np.dtype[np.float64]]
+from ddn_solvers.arrays import Array
+
 _MAX_MAPS = 16  # batch sizes kept; a training loop has two or three
 
 
@@ -51,10 +51,10 @@ class Kernel:
                 if not flat.flags.writeable:  # the buffer takes nothing else
                     flat = flat.copy()
                 held.append(flat)
-                buffer.set_arg(i, memoryview(flat))
+                buffer.set_arg(i, flat.data)
         for i, output in enumerate(outputs):
             if output.size:
-                buffer.set_res(i, memoryview(output.reshape(-1)))
+                buffer.set_res(i, output.reshape(-1).data)
         trigger()
         if buffer.ret():
             raise RuntimeError(f"evaluating {function.name()} failed")

@@ -94,8 +94,8 @@ class SymbolicFunctions:
 
     def _has_kinks(self, kind: str, name: str) -> bool:
         position = list(self.terms).index((kind, name))
-        node = self.module.graph.output_node().args[0][position]
-        return bool(lower(self.module, self._inputs, len(self.variables), [node]).kinks)
+        outputs: Any = self.module.graph.output_node().args[0]
+        return bool(lower(self.module, self._inputs, len(self.variables), [outputs[position]]).kinks)
 
     def constant_hessian(self) -> np.ndarray[Any, Any] | None:
         """The objective's Hessian if it depends on nothing, else ``None``."""
