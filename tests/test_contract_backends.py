@@ -184,6 +184,13 @@ def test_a_crash_in_one_sample_leaves_the_others_alone():
     assert close(s["u"][[0, 2]], TARGETS[[0, 2]], 1e-12)
 
 
+def test_a_false_claim_of_infeasibility_does_not_end_the_search():
+    wrong = register(answering([-9.0, -9.0], S.INFEASIBLE))
+    s = ddn.solve(STEEP, {"x": TARGETS}, solver=[wrong, register(counting([]))])
+    assert s.converged.all()
+    assert close(s["u"], TARGETS, 1e-12)
+
+
 def test_a_list_asks_the_next_backend_for_failed_samples_only():
     first, second = [], []
     names = [register(counting(first, 1)), register(counting(second))]
@@ -250,6 +257,16 @@ def test_random_qps_agree_on_every_backend(solver, seed):
     assert close(s.dual.inequality["inequality"], reference.dual.inequality["inequality"], 1e-7)
     for name, a, b in zip(parameters, found, gradients, strict=True):
         assert torch.allclose(a, b, rtol=1e-7, atol=1e-7), name
+
+
+@pytest.mark.parametrize("first", ["scipy:trust-constr", "scipy:SLSQP", "casadi:osqp"])
+def test_a_list_goes_on_whatever_the_first_backend_claims(first):
+    """These QPs are feasible: a claim that one is not must neither stand nor end the search."""
+    parameters = random_qps(0)
+    s = ddn.solve(QP, parameters, solver=first, policy=ddn.Policy("mask"))
+    assert S.INFEASIBLE not in s.status
+    assert S.UNBOUNDED not in s.status
+    assert ddn.solve(QP, parameters, solver=[first, "casadi:daqp"]).converged.all()
 
 
 def test_random_qps_by_central_differences():

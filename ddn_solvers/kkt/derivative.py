@@ -123,6 +123,9 @@ class Linearisation:
         m, n = self.evaluation.program.constraints, self.active.n
         proximal = self.policy.proximal if self.policy.on_singular == "proximal" else None
         options: dict[str, Any] = {"linear_solver": self.policy.linear_solver, "proximal": proximal}
+        if self.policy.weakly_active in ("active", "raise") or not self.active.weak.any():
+            # The systems are those that were verified; dropping weakly active rows makes others.
+            options |= {"singular": torch.from_numpy(self.singular), "any_singular": bool(self.singular.any())}
         result = []
         for weight, masks in choices(sides, weak, m, n, self.policy):
             hessian = torch.from_numpy(self.evaluation.hessian)
@@ -181,7 +184,7 @@ class TorchLinearisation:
         sides: torch.Tensor,
         weak: torch.Tensor,
         singular: torch.Tensor,
-        repair: bool,
+        any_singular: bool,
         policy: Policy,
     ) -> None:
         self.program, self.parameters, self.z, self.at = program, list(parameters), z, at
@@ -191,7 +194,8 @@ class TorchLinearisation:
         jacobian = self._map(torch.func.jacrev(self._constraints))(z, at.y, *self.parameters)
         options: dict[str, Any] = {
             "singular": singular,
-            "repair": repair,
+            "any_singular": any_singular,
+            "transformed": True,
             "linear_solver": policy.linear_solver,
             "proximal": policy.proximal if policy.on_singular == "proximal" else None,
         }

@@ -53,7 +53,8 @@ class System:
         active: Rows of J that are active, (B, m) bool.
         fixed: Variables that an active bound fixes, (B, n) bool.
         singular: Which samples are singular, if that is known already; found otherwise.
-        repair: With ``singular`` given: whether any of them is. (A transformed tensor cannot be asked.)
+        any_singular: With ``singular`` given: whether any is. (A transformed tensor cannot be asked.)
+        transformed: The tensors may be under torch.func transforms.
         linear_solver: ``"auto"``, ``"dense"`` or a callable, as in ``Policy``.
         proximal: Added to the diagonal of H of singular samples instead of taking the pseudo-inverse.
     """
@@ -66,7 +67,8 @@ class System:
         fixed: torch.Tensor,
         *,
         singular: torch.Tensor | None = None,
-        repair: bool = True,
+        any_singular: bool = True,
+        transformed: bool = False,
         linear_solver: Any = "auto",
         proximal: float | None = None,
     ) -> None:
@@ -76,15 +78,15 @@ class System:
         self._units = _units(hessian, matrix)
         self._scale = equilibrate(matrix, self._units)
         scaled = matrix * self._scale.unsqueeze(-1) * self._scale.unsqueeze(-2)
-        dense = DenseLU() if singular is None else DenseInverse()
+        dense = DenseInverse() if transformed else DenseLU()
         self._solver: LinearSolver = Custom(linear_solver) if callable(linear_solver) else dense
         self._state = self._solver.init(scaled)
         if singular is None:
             self.condition = condition(self._solver, self._state, scaled)
             singular = self.condition > SINGULAR
-            repair = bool(singular.any())
-        self.singular, self._repair = singular, repair
-        if repair:
+            any_singular = bool(singular.any())
+        self.singular, self._repair = singular, any_singular
+        if any_singular:
             self._prepare_singular(matrix, scaled, proximal)
 
     def _prepare_singular(self, matrix: torch.Tensor, scaled: torch.Tensor, proximal: float | None) -> None:

@@ -26,9 +26,9 @@ import scipy.sparse as sp
 from cvxpy.atoms.affine.wraps import nonneg_wrap, nonpos_wrap, psd_wrap
 from torch import fx
 
+from ddn_solvers.arrays import Array
 from ddn_solvers.errors import BackendCannotSolve
 from ddn_solvers.lowering.cvxpy_lowering import (
-    Array,
     Convexity,
     Lowering,
     NotLowered,
