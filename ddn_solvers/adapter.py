@@ -9,44 +9,65 @@ library's. Everything it needs to evaluate, ``Instance`` offers, as NumPy and Sc
 
 Multipliers follow ``L = f + nu^T h + lambda^T g + l^T (lower - z) + r^T (z - upper)`` with
 lambda, l, r >= 0. What an adapter has no multipliers for, it leaves ``None``.
+
+What most backends need besides is here, once: ``Dialect`` translates limits and options,
+``Instance`` remembers its last evaluation and watches the time, ``Adapter.attempt`` turns what a
+backend raises into a status, ``bound_multipliers`` splits forces of one sign convention.
 """
 
 from __future__ import annotations
 
 import abc
+import contextlib
+import difflib
 import enum
-from collections.abc import Mapping, Sequence
+import re
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from ddn_solvers.errors import BackendCannotSolve, BackendNotInstalled, ProblemError
+from ddn_solvers.arrays import Array
+from ddn_solvers.errors import (
+    BackendCannotSolve,
+    BackendNotInstalled,
+    DDNError,
+    FallbackWarning,
+    ProblemError,
+)
 from ddn_solvers.solution import Status
 
 if TYPE_CHECKING:
     import scipy.sparse as sp
 
-    from ddn_solvers.program import Program
+    from ddn_solvers.program import FirstOrder, Program
 
 __all__ = [
     "Adapter",
+    "Array",
     "BackendCannotSolve",
     "BackendNotInstalled",
     "Batch",
     "Capabilities",
+    "Dialect",
     "Feature",
     "Instance",
     "Method",
     "Options",
+    "OutOfTime",
     "Point",
     "ProblemClass",
     "ProblemError",
     "QuadraticForm",
     "Status",
+    "bound_multipliers",
 ]
-
-Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
 class ProblemClass(enum.Enum):
@@ -70,6 +91,78 @@ class Feature(enum.Enum):
 
 
 @dataclass(frozen=True)
+class Options:
+    """Limits that every adapter translates, and the backend's native options.
+
+    Attributes:
+        max_iter: Iterations, or ``None`` for the backend's default.
+        time_limit: Seconds of wall time for one sample, or ``None``.
+        tolerance: The backend's own stopping tolerance, or ``None`` for a tight one.
+        native: Options under the backend's own names; unknown ones are a ``ProblemError``.
+    """
+
+    max_iter: int | None = None
+    time_limit: float | None = None
+    tolerance: float | None = None
+    native: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How one method says what can be said to all of them, and what it answers, as data.
+
+    Attributes:
+        max_iter, tolerance, time_limit: Its names for these ``Options``, each set to the same value;
+            ``()``: nothing to tell it (the adapter sees to it); ``None``: asking for it is an error.
+        defaults: Its options unless told otherwise.
+        status: What it returns -> ``Status``.
+    """
+
+    max_iter: tuple[str, ...] | None = None
+    tolerance: tuple[str, ...] | None = None
+    time_limit: tuple[str, ...] | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    status: Mapping[Any, Status] = field(default_factory=dict)
+
+    def native(self, options: Options, where: str) -> dict[str, Any]:
+        """Defaults, limits asked for, native options, each over the ones before.
+
+        Args:
+            options: What the user asks for.
+            where: ``"backend:method"``, for the error.
+
+        Raises:
+            ProblemError: A limit that the method cannot keep.
+        """
+        native = dict(self.defaults)
+        for limit in ("max_iter", "tolerance", "time_limit"):
+            value, names = getattr(options, limit), getattr(self, limit)
+            if value is not None and names is None:
+                raise ProblemError(
+                    f"{where} has no option for {limit!r} that we know", fix="Use a native one."
+                )
+            if value is not None:
+                native.update(dict.fromkeys(names, value))
+        return {**native, **options.native}
+
+    def blame(self, options: Options, error: Exception, where: str) -> None:
+        """Raise a ``ProblemError`` if what the backend complains of is a native option, by name.
+
+        Raises:
+            ProblemError: It is; near matches are among the names that this dialect knows.
+        """
+        known = {*self.defaults, *(self.max_iter or ()), *(self.tolerance or ()), *(self.time_limit or ())}
+        for name in options.native:
+            if re.search(rf"\b{re.escape(name.rpartition('.')[2])}\b", str(error)):
+                near = difflib.get_close_matches(name, known) or sorted(known)
+                raise ProblemError(
+                    f"option {name!r} is not one that {where} accepts",
+                    expected=f"one such as {', '.join(near)}" if near else "",
+                    got=_last_line(error),
+                ) from error
+
+
+@dataclass(frozen=True)
 class Method:
     """One method of a backend, as data: routing, errors, tests and the README's table read it.
 
@@ -80,6 +173,7 @@ class Method:
         duals: It returns multipliers.
         package: Import name that it needs beyond the backend's own, or ``None``.
         pip: What ``pip install`` has to be given for that.
+        dialect: Its names for options, and its statuses.
     """
 
     name: str
@@ -88,6 +182,7 @@ class Method:
     duals: bool = True
     package: str | None = None
     pip: str | None = None
+    dialect: Dialect = Dialect()
 
 
 @dataclass(frozen=True)
@@ -109,23 +204,6 @@ class Capabilities:
 
 
 @dataclass(frozen=True)
-class Options:
-    """Limits that every adapter translates, and the backend's native options.
-
-    Attributes:
-        max_iter: Iterations, or ``None`` for the backend's default.
-        time_limit: Seconds of wall time for one sample, or ``None``.
-        tolerance: The backend's own stopping tolerance, or ``None`` for a tight one.
-        native: Options under the backend's own names; unknown ones are a ``ProblemError``.
-    """
-
-    max_iter: int | None = None
-    time_limit: float | None = None
-    tolerance: float | None = None
-    native: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class QuadraticForm:
     """1/2 z^T P z + q^T z + constant  s.t.  A z = b, G z <= h; P symmetric, all of one instance."""
 
@@ -140,7 +218,11 @@ class QuadraticForm:
 
 @dataclass(frozen=True)
 class Point:
-    """What a backend found for one instance: the point, its word, and multipliers if it has them."""
+    """What a backend found for one instance: the point, its word, and multipliers if it has them.
+
+    Nothing of it has to be checked: numbers that are not finite, multipliers below zero by rounding,
+    a status that says too much are the library's to find.
+    """
 
     primal: Array  # (n,)
     status: Status
@@ -150,11 +232,25 @@ class Point:
     upper: Array | None = None
     iterations: int | None = None
     message: str = ""
+    fallback: str = ""  # why it went the slow way; one ``FallbackWarning`` a call
+
+
+def bound_multipliers(forces: Array) -> dict[str, Array]:
+    """``lower`` and ``upper`` of a ``Point`` from multipliers that are positive at upper bounds."""
+    return {"lower": np.maximum(-forces, 0), "upper": np.maximum(forces, 0)}
+
+
+class OutOfTime(Exception):
+    """``Options.time_limit`` is over; ``Adapter.attempt`` makes it a status."""
 
 
 @dataclass(frozen=True)
 class Instance:
     """A compiled problem with numbers for its parameters: one sample.
+
+    Functions and first derivatives are evaluated together and kept for the last z, since methods ask
+    for them one by one; a new z after the time limit raises ``OutOfTime``. So a backend that calls
+    back needs neither a cache nor a clock.
 
     Attributes:
         program: The compiled problem; its structure is shared by all samples.
@@ -164,7 +260,8 @@ class Instance:
         initial: (n,), inside the bounds.
         method: Name of the method asked for, one of the adapter's.
         options: Limits and native options.
-        warm_start: A point and multipliers of an earlier solve, or ``None``.
+        warm_start: Multipliers (and the point, which ``initial`` repeats unless the user gave
+            another start) of an earlier solve, or ``None``.
     """
 
     program: Program
@@ -176,26 +273,48 @@ class Instance:
     options: Options = Options()
     warm_start: Point | None = None
 
+    _last: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)  # z, what is there
+
+    @cached_property
+    def deadline(self) -> float:
+        """When ``options.time_limit`` is over, on ``time.monotonic``; counted from the first look at it."""
+        limit = self.options.time_limit
+        return np.inf if limit is None else time.monotonic() + limit
+
+    @property
+    def last(self) -> Array:
+        """The z of the last evaluation, ``initial`` before the first."""
+        z: Array = self._last[0] if self._last else self.initial
+        return z
+
     def objective(self, z: Array) -> float:
-        return float(self.program.values(z, self.parameters)[0][0, 0])
+        return float(self._first_order(z).objective[0])
 
     def gradient(self, z: Array) -> Array:
         """(n,)"""
-        return self.program.first_order(z, self.parameters).gradient[0]
+        return self._first_order(z).gradient[0]
+
+    def constraints(self, z: Array) -> Array:
+        """h(z), then g(z)."""
+        return self._first_order(z).constraints[0]
+
+    def jacobian(self, z: Array) -> sp.csc_array:
+        """Of ``constraints``, (equalities + inequalities, n)."""
+        return self.program.jacobian_pattern.matrix(self._first_order(z).jacobian[0])
 
     def equality(self, z: Array) -> Array:
         """h(z), (equalities,)"""
-        return self.program.values(z, self.parameters)[1][0, : self.program.equality.size]
+        return self.constraints(z)[: self.program.equality.size]
 
     def inequality(self, z: Array) -> Array:
         """g(z), (inequalities,)"""
-        return self.program.values(z, self.parameters)[1][0, self.program.equality.size :]
+        return self.constraints(z)[self.program.equality.size :]
 
     def equality_jacobian(self, z: Array) -> sp.csc_array:
-        return self._jacobian(z)[: self.program.equality.size]
+        return self.jacobian(z)[: self.program.equality.size]
 
     def inequality_jacobian(self, z: Array) -> sp.csc_array:
-        return self._jacobian(z)[self.program.equality.size :]
+        return self.jacobian(z)[self.program.equality.size :]
 
     def hessian(self, z: Array, equality: Array, inequality: Array, objective: float = 1.0) -> sp.csc_array:
         """Hessian of ``objective * f + equality^T h + inequality^T g``, symmetric, (n, n)."""
@@ -203,9 +322,13 @@ class Instance:
         nonzeros = self.program.hessian(z, self.parameters, weights, objective)
         return self.program.hessian_pattern.matrix(nonzeros[0])
 
-    def _jacobian(self, z: Array) -> sp.csr_array:
-        nonzeros = self.program.first_order(z, self.parameters).jacobian
-        return self.program.jacobian_pattern.matrix(nonzeros[0]).tocsr()
+    def _first_order(self, z: Array) -> FirstOrder:
+        if not self._last or not np.array_equal(z, self._last[0]):
+            if time.monotonic() > self.deadline:
+                raise OutOfTime("time limit reached")
+            self._last[:] = [z.copy(), self.program.first_order(z, self.parameters)]
+        first: FirstOrder = self._last[1]
+        return first
 
     def quadratic(self) -> QuadraticForm:
         """The data of an LP or QP (exact there; elsewhere the expansion at z = 0)."""
@@ -252,17 +375,91 @@ class Adapter(abc.ABC):
 
     @abc.abstractmethod
     def solve(self, instance: Instance) -> Point:
-        """Solve one sample. Report failure by ``Point.status``; raise only for wrong usage.
+        """Solve one sample that the method takes by its ``Method.classes`` and ``features``.
+
+        Report failure by ``Point.status``, or by any exception: see ``attempt``.
 
         Raises:
-            BackendCannotSolve: The problem lacks what the method needs (say what, and who has it).
+            BackendCannotSolve: The problem lacks what ``Method`` cannot tell (say what, and who has it).
             ProblemError: An option that the backend does not know.
         """
 
     def solve_batch(self, batch: Batch) -> list[Point]:
-        """Solve every sample; override where the backend can do better than a loop."""
-        return [self.solve(batch[i]) for i in range(len(batch))]
+        """Attempt every sample; override where the backend can do better than a loop."""
+        points = [self.attempt(batch[i]) for i in range(len(batch))]
+        fallback = next((point.fallback for point in points if point.fallback), "")
+        if fallback:
+            warnings.warn(fallback, FallbackWarning, stacklevel=3)
+        return points
+
+    def attempt(self, instance: Instance) -> Point:
+        """``solve``, where an exception of the backend's own fails that sample alone.
+
+        Raises:
+            DDNError: As ``solve``; also a native option that the backend's exception names.
+            KeyboardInterrupt: Ctrl-C, even where the backend swallows it.
+        """
+        try:
+            with _interruptible():
+                return self.solve(instance)
+        except DDNError:
+            raise
+        except OutOfTime as error:
+            return Point(instance.last, Status.TIME_LIMIT, message=str(error))
+        except Exception as error:
+            if instance.options.native:
+                self.dialect(instance.method).blame(instance.options, error, self.where(instance.method))
+            arithmetic = isinstance(error, ArithmeticError)
+            status = Status.NUMERICAL_ERROR if arithmetic else Status.BACKEND_ERROR
+            return Point(instance.last, status, message=f"{type(error).__name__}: {_last_line(error)}")
 
     def method(self, name: str) -> Method | None:
         """The method of that name, also one found only at run time; ``None`` if there is none."""
         return next((m for m in self.capabilities.methods if m.name == name), None)
+
+    def dialect(self, name: str) -> Dialect:
+        """The dialect of a method, by the method's name."""
+        method = self.method(name)
+        return Dialect() if method is None else method.dialect
+
+    def where(self, name: str) -> str:
+        """``"backend:method"``, for messages."""
+        return f"{self.capabilities.package}:{name}"
+
+    def native(self, instance: Instance) -> dict[str, Any]:
+        """The options of ``instance`` as its method wants them; see ``Dialect.native``."""
+        return self.dialect(instance.method).native(instance.options, self.where(instance.method))
+
+
+def _last_line(error: Exception) -> str:
+    """Of an error text: compiled backends put their call stack above it."""
+    return (str(error).strip().splitlines() or [""])[-1]
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let a Ctrl-C out that compiled code swallows or reports as some failure of its own.
+
+    The handler in force decides, as ever, what the signal means: what it raises is raised again on
+    leaving the block. Only the main thread is told of signals.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    raised: list[BaseException] = []
+
+    def note(number: int, frame: Any) -> None:
+        try:
+            handler(number, frame)
+        except BaseException as error:
+            raised.append(error)
+            raise
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if raised:
+            raise raised[0]

@@ -82,7 +82,9 @@ def bind(
         raise ProblemError(wrong, expected="exactly " + (", ".join(map(repr, declared)) or "none"))
     tensors = [as_tensor(f"parameter {name!r}", parameters[name]) for name in declared]
     given = [
-        t for t, name in zip(tensors, declared, strict=True) if isinstance(parameters[name], torch.Tensor)
+        t
+        for t, name in zip(tensors, declared, strict=True)
+        if isinstance(parameters[name], (torch.Tensor, np.ndarray))
     ]
     source = given or list(captured) or list(point.values())
     dtype, device = common(source)

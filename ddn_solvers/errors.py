@@ -17,6 +17,8 @@ DDNWarning (UserWarning)
 
 from __future__ import annotations
 
+import sys
+import warnings
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -85,6 +87,17 @@ class SolveError(DDNError):
 
 class SensitivityError(DDNError):
     """The derivative does not exist at this point, or the point is not a KKT point."""
+
+
+def warn_caller(message: str, category: type[DDNWarning]) -> None:
+    """Warn with the line of the caller's code, however deep in this library or in torch we are."""
+    level, frame = 1, sys._getframe(0)
+    while frame.f_back is not None:
+        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if package not in ("ddn_solvers", "ddn_adapters", "torch"):
+            break
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
 
 
 class DDNWarning(UserWarning):

@@ -8,7 +8,6 @@ of the backward is asked for, the compiled functions serve instead.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,8 +16,8 @@ import numpy as np
 import torch
 
 from ddn_solvers.arrays import Array, Index, Mask
-from ddn_solvers.errors import DegeneracyWarning, SensitivityError
-from ddn_solvers.kkt.derivative import Cotangents, Linearisation, Multipliers, TorchLinearisation
+from ddn_solvers.errors import DegeneracyWarning, SensitivityError, warn_caller
+from ddn_solvers.kkt.derivative import Cotangents, Linearisation, Multipliers, TorchLinearisation, scale_rows
 from ddn_solvers.kkt.verify import Verified
 from ddn_solvers.policy import Policy
 from ddn_solvers.program import Program
@@ -54,6 +53,7 @@ class Operation:
         verified: Set by ``find``: what was established about the points it returned.
         degenerate: Set by ``find``: some sample is singular.
         one_sided: Set by ``find``: some sample has weakly active constraints.
+        failed: Set by ``find``: some sample has no derivative (masked or NaN).
     """
 
     program: Program
@@ -62,6 +62,7 @@ class Operation:
     verified: Verified | None = None
     degenerate: bool = False
     one_sided: bool = False
+    failed: bool = False
     _linearisation: Linearisation | None = None
 
     def note(self, verified: Verified, converged: Mask) -> None:
@@ -105,11 +106,10 @@ def check_derivative(policy: Policy, degenerate: bool, one_sided: bool) -> None:
             "See solution.certificate, or choose policy.on_singular."
         )
     if degenerate and policy.on_singular == "least_squares":
-        warnings.warn(
+        warn_caller(
             "the KKT matrix is singular at the solution of some sample: the minimum-norm derivative is "
             "returned. solution.certificate says more; policy.on_singular chooses.",
             DegeneracyWarning,
-            stacklevel=3,
         )
 
 
@@ -122,8 +122,10 @@ def outputs_of(operation: Operation, verified: Verified, converged: Mask, on_fai
     scale = np.ones(len(point.z))
     if on_failure == "mask":
         scale[~converged] = 0.0
+        operation.failed = not converged.all()
     if on_failure == "nan":
         scale[~converged] = np.nan
+        operation.failed = not converged.all()
         for array in arrays:
             array[~converged] = np.nan
     norms = np.stack(evaluation.norms, axis=1)
@@ -179,7 +181,7 @@ class _Implicit(torch.autograd.Function):
         _refuse_nested_forward_mode()
         full = [torch.zeros_like(b) if t is None else t for t, b in zip(tangents, blocks, strict=True)]
         changes = _torch_linearisation(operation, blocks, outputs).jvp(full)
-        scaled = [_scale_rows(change, outputs.gradient_scale) for change in changes]
+        scaled = [scale_rows(change, outputs.gradient_scale) for change in changes]
         return (*scaled, *(None,) * (len(outputs) - _DIFFERENTIABLE))
 
     @staticmethod
@@ -228,11 +230,6 @@ def _flatten(block: torch.Tensor, mapped: bool, size: int, inner: int | None) ->
     return block.reshape(-1, block.shape[-1])
 
 
-def _scale_rows(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    shaped = scale.reshape(-1, *[1] * (values.dim() - 1))
-    return torch.where(shaped == 1, values, shaped.expand_as(values))
-
-
 def _compiled_vjp(
     operation: Operation, blocks: Sequence[torch.Tensor], outputs: Outputs, v: Cotangents
 ) -> list[torch.Tensor]:
@@ -258,14 +255,14 @@ def _compiled_vjp(
 def _differentiable_vjp(
     operation: Operation, blocks: Sequence[torch.Tensor], outputs: Outputs, v: Cotangents
 ) -> list[torch.Tensor]:
-    scale = outputs.gradient_scale
-    kept = Cotangents(*(_scale_rows(getattr(v, k), scale) for k in ("z", "y", "lower", "upper", "objective")))
-    return _torch_linearisation(operation, blocks, outputs).vjp(kept)
+    return _torch_linearisation(operation, blocks, outputs).vjp(v, outputs.gradient_scale)
 
 
 def _torch_linearisation(
     operation: Operation, blocks: Sequence[torch.Tensor], outputs: Outputs
 ) -> TorchLinearisation:
+    if operation.failed:
+        blocks, outputs = _without_failures(blocks, outputs)
     return TorchLinearisation(
         operation.program,
         blocks,
@@ -277,3 +274,18 @@ def _torch_linearisation(
         operation.degenerate,
         operation.policy,
     )
+
+
+def _without_failures(
+    blocks: Sequence[torch.Tensor], outputs: Outputs
+) -> tuple[Sequence[torch.Tensor], Outputs]:
+    """A good sample in place of each failed one: what is not finite there must not enter a sum, even times 0."""
+    good = outputs.gradient_scale == 1
+    stand_in = good.to(torch.int64).argmax().unsqueeze(0)
+
+    def replaced(values: torch.Tensor) -> torch.Tensor:
+        shaped = good.reshape(-1, *[1] * (values.dim() - 1))
+        return torch.where(shaped, values, values.index_select(0, stand_in))
+
+    kept = {name: replaced(getattr(outputs, name)) for name in ("z", "y", "lower", "upper", "singular")}
+    return [replaced(b) if b.dim() == 2 else b for b in blocks], outputs._replace(**kept)

@@ -17,7 +17,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "weakly_active": ("active", "inactive", "mean", "raise"),
     "nonsmooth": ("manifold", "clarke"),
 }
-_LINEAR_SOLVERS = ("auto", "dense")
+_LINEAR_SOLVERS = ("auto", "dense", "sparse", "iterative")
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,9 @@ class Policy:
         accuracy: What "solved" means: scaled residuals and the predicted Newton step, relative.
         active_tol: Scaled slack and multiplier below which a constraint counts as weakly active;
             ``None`` derives it from ``accuracy`` and the caller's dtype.
-        linear_solver: How the KKT system is solved: ``"auto"``, ``"dense"`` or a callable
-            ``(matrix, rhs) -> solution`` on (B, N, N) and (B, N) tensors.
+        linear_solver: How the KKT system is solved: ``"auto"`` (now always dense), ``"dense"`` (batched LU),
+            ``"sparse"`` (SuperLU), ``"iterative"`` (MINRES), or a callable ``(matrix, rhs) -> solution`` on
+            (B, N, N) and (B, N) tensors. Higher derivatives and torch.func transforms use dense algebra.
 
     Raises:
         ProblemError: An unknown choice, or a number that is negative or not finite.

@@ -36,6 +36,11 @@ class PrimalDual:
     def take(self, samples: Any) -> PrimalDual:
         return PrimalDual(self.z[samples], self.y[samples], self.lower[samples], self.upper[samples])
 
+    def put(self, sample: int, other: PrimalDual, source: int) -> None:
+        """Overwrite one sample by sample ``source`` of another batch."""
+        for name, values in vars(self).items():
+            values[sample] = getattr(other, name)[source]
+
 
 @dataclass(frozen=True)
 class Bound:

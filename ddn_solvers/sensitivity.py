@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +21,7 @@ from ddn_solvers.arrays import Array
 from ddn_solvers.assembly import assemble
 from ddn_solvers.binding import Binding, as_tensor, bind, check_finite, flat_point, initial_batch
 from ddn_solvers.certificate import Certificate, certify
-from ddn_solvers.errors import ConvergenceWarning, ProblemError, SensitivityError
+from ddn_solvers.errors import ConvergenceWarning, ProblemError, SensitivityError, warn_caller
 from ddn_solvers.implicit import Operation, Outputs, apply, check_derivative, outputs_of
 from ddn_solvers.kkt.derivative import Cotangents, Linearisation
 from ddn_solvers.kkt.multipliers import least_squares_multipliers
@@ -382,7 +381,7 @@ def _report(found: _Found, policy: Policy) -> None:
     message = f"the given point is not a KKT point to accuracy {policy.accuracy:.0e}: {samples}"
     if policy.on_failure == "raise":
         raise SensitivityError(message)
-    warnings.warn(message, ConvergenceWarning, stacklevel=3)
+    warn_caller(message, ConvergenceWarning)
 
 
 def _only(what: str, names: Mapping[str, Any]) -> str:

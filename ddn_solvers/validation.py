@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import keyword
+import math
 import numbers
 import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from ddn_solvers.problem import Problem
 
 FIELDS = ("variables", "parameters", "objective", "equality", "inequality", "bounds")
-RESERVED = ("initial", "warm_start", "policy")
+RESERVED = ("initial", "warm_start", "policy", "self")
 
 
 def checked_fields(declaration: Mapping[str, Any]) -> dict[str, Any]:
@@ -46,6 +47,8 @@ def normalise(problem: Problem) -> dict[str, Any]:
     parameters = _shapes("parameters", problem.parameters)
     if not variables:
         raise ProblemError("variables is empty", expected="at least one variable")
+    if not any(math.prod(shape) for shape in variables.values()):
+        raise ProblemError("variables have no elements", expected="at least one element", got=str(variables))
     twice = sorted(set(variables) & set(parameters))
     if twice:
         raise ProblemError(f"the name {twice[0]!r} is used both for a variable and for a parameter")

@@ -125,7 +125,10 @@ class Linearisation:
         options: dict[str, Any] = {"linear_solver": self.policy.linear_solver, "proximal": proximal}
         if self.policy.weakly_active in ("active", "raise") or not self.active.weak.any():
             # The systems are those that were verified; dropping weakly active rows makes others.
-            options |= {"singular": torch.from_numpy(self.singular), "any_singular": bool(self.singular.any())}
+            options |= {
+                "singular": torch.from_numpy(self.singular),
+                "any_singular": bool(self.singular.any()),
+            }
         result = []
         for weight, masks in choices(sides, weak, m, n, self.policy):
             hessian = torch.from_numpy(self.evaluation.hessian)
@@ -204,9 +207,10 @@ class TorchLinearisation:
             for weight, masks in choices(sides, weak, program.constraints, z.shape[-1], policy)
         ]
 
-    def vjp(self, v: Cotangents) -> list[torch.Tensor]:
-        """As ``Linearisation.vjp``."""
-        a = adjoint(self.systems, v, self.at)
+    def vjp(self, v: Cotangents, scale: torch.Tensor) -> list[torch.Tensor]:
+        """As ``Linearisation.vjp``; ``scale`` (B,) is 1, or what replaces the gradient of a sample (0, NaN)."""
+        zero = Cotangents(*(torch.where(_rows(scale, t) == 1, t, 0.0) for t in vars(v).values()))
+        a = adjoint(self.systems, zero, self.at)
 
         def total(z: torch.Tensor, y: torch.Tensor, *rest: Any) -> torch.Tensor:
             (w, s, sl, su, e), p = rest[:5], rest[5:]
@@ -220,7 +224,8 @@ class TorchLinearisation:
         gradients = self._map(torch.func.grad(total, argnums=indices), weights=5)(
             self.z, self.at.y, a.w, a.s, a.lower, a.upper, a.e, *self.parameters
         )
-        return [g if d == 0 else g.sum(0) for g, d in zip(gradients, self._dims, strict=True)]
+        scaled = [scale_rows(g, scale) for g in gradients]
+        return [g if d == 0 else g.sum(0) for g, d in zip(scaled, self._dims, strict=True)]
 
     def jvp(self, tangents: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """As ``Linearisation.jvp``, with the objective's tangent as well."""
@@ -277,6 +282,15 @@ def _directional(function: Callable[..., Any], p: Sequence[torch.Tensor], dp: Se
     pushforward = torch.func.vjp(pullback, tuple(torch.zeros_like(v) for v in values))[1]
     (directions,) = pushforward(tuple(dp))
     return directions
+
+
+def scale_rows(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The rows of ``values`` (B, ...) where ``scale`` (B,) is 1, else ``scale`` itself."""
+    return torch.where(_rows(scale, values) == 1, values, _rows(scale, values))
+
+
+def _rows(scale: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    return scale.reshape(-1, *[1] * (values.dim() - 1))
 
 
 def _finite(bound: torch.Tensor) -> torch.Tensor:

@@ -28,8 +28,10 @@ from ddn_solvers.kkt.linear import (
     Custom,
     DenseInverse,
     DenseLU,
+    Iterative,
     LeastSquares,
     LinearSolver,
+    SparseLU,
     condition,
     equilibrate,
 )
@@ -55,7 +57,7 @@ class System:
         singular: Which samples are singular, if that is known already; found otherwise.
         any_singular: With ``singular`` given: whether any is. (A transformed tensor cannot be asked.)
         transformed: The tensors may be under torch.func transforms.
-        linear_solver: ``"auto"``, ``"dense"`` or a callable, as in ``Policy``.
+        linear_solver: As in ``Policy``.
         proximal: Added to the diagonal of H of singular samples instead of taking the pseudo-inverse.
     """
 
@@ -78,8 +80,7 @@ class System:
         self._units = _units(hessian, matrix)
         self._scale = equilibrate(matrix, self._units)
         scaled = matrix * self._scale.unsqueeze(-1) * self._scale.unsqueeze(-2)
-        dense = DenseInverse() if transformed else DenseLU()
-        self._solver: LinearSolver = Custom(linear_solver) if callable(linear_solver) else dense
+        self._solver = _solver(linear_solver, transformed)
         self._state = self._solver.init(scaled)
         if singular is None:
             self.condition = condition(self._solver, self._state, scaled)
@@ -126,6 +127,14 @@ class System:
         x, t = torch.where(self.fixed, v, solution[..., :n]), solution[..., n:]
         q = _times(self.hessian, x) + _times(self.jacobian.transpose(-1, -2), t) - a
         return Step(x, t, torch.where(self.fixed, q, 0.0))
+
+
+def _solver(choice: Any, transformed: bool) -> LinearSolver:
+    if callable(choice):
+        return Custom(choice)
+    if transformed:
+        return DenseInverse()
+    return {"sparse": SparseLU, "iterative": Iterative}.get(choice, DenseLU)()
 
 
 def _bordered(

@@ -1,0 +1,270 @@
+"""The search for the solutions of a batch: call backends in turn, verify what they return, keep the best."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+
+from ddn_solvers.adapter import Adapter, Batch, Feature, Method, Options, Point, ProblemClass
+from ddn_solvers.arrays import Array, Index, Mask
+from ddn_solvers.binding import check_finite
+from ddn_solvers.diagnosis import diagnose, nearest_feasible
+from ddn_solvers.errors import BackendCannotSolve, DDNError
+from ddn_solvers.implicit import Operation, Outputs, outputs_of
+from ddn_solvers.kkt.multipliers import least_squares_multipliers
+from ddn_solvers.kkt.verify import Verified, verify
+from ddn_solvers.policy import Policy
+from ddn_solvers.program import Program
+from ddn_solvers.residuals import Bound, PrimalDual
+from ddn_solvers.solution import Status
+
+# Statuses about which a look at the constraints says more, or says that a backend was wrong.
+_UNEXPLAINED = (Status.NUMERICAL_ERROR, Status.NOT_A_KKT_POINT, Status.BACKEND_ERROR, Status.INFEASIBLE)
+# Slack, relative, within which a constraint may be active when a backend gives no multipliers.
+_NEARLY_ACTIVE = 1e-5
+
+
+@dataclass(frozen=True)
+class Route:
+    """One backend and method to try."""
+
+    backend: str
+    adapter: Adapter
+    method: Method
+
+
+@dataclass
+class Search:
+    """One call's search for the solutions of a batch, and what it found out.
+
+    ``find`` is what the autograd operation calls; the rest is read by ``solve`` afterwards.
+    """
+
+    program: Program
+    policy: Policy
+    dtype: torch.dtype
+    samples: int
+    routes: list[Route]
+    options: Options
+    initial: Array | None
+    warm_start: list[Point] | None
+    operation: Operation | None = None
+    status: list[Status] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+    backend: list[str] = field(default_factory=list)
+    method: list[str] = field(default_factory=list)
+    iterations: list[int | None] = field(default_factory=list)
+    verified: Verified | None = None
+
+    def find(self, parameters: tuple[Array, ...]) -> Outputs:
+        """Solve every sample, route after route; see ``Outputs``."""
+        program = self.program
+        check_finite(program, parameters)
+        lower, upper = program.bounds(parameters)
+        samples = max((len(p) for p in parameters if p.ndim == 2), default=self.samples)
+        lower, upper = (
+            np.ascontiguousarray(np.broadcast_to(s, (samples, s.shape[1]))) for s in (lower, upper)
+        )
+        bound = Bound(parameters, lower, upper)
+        initial = np.clip(self._start(samples), lower, np.maximum(lower, upper))
+        self._reset(samples)
+        best = PrimalDual(
+            initial.copy(),
+            np.zeros((samples, program.constraints)),
+            np.zeros_like(initial),
+            np.zeros_like(initial),
+        )
+        crossed = lower > upper
+        open_: Mask = np.logical_not(crossed.any(axis=1))
+        for i in np.flatnonzero(~open_):
+            name = program.variables.element(int(np.flatnonzero(crossed[i])[0]))
+            self.status[i], self.reasons[i] = (
+                Status.INFEASIBLE,
+                f"the bounds of {name} contradict: lower > upper",
+            )
+        refusal: BackendCannotSolve | None = None
+        for route in self.routes:
+            remaining = np.flatnonzero(open_)
+            if not remaining.size:
+                break
+            try:
+                points = self._call(route, bound.take(remaining), initial[remaining], remaining)
+            except BackendCannotSolve as error:
+                refusal = error
+                continue
+            refusal = None
+            self._judge(route, points, bound, remaining, best, open_)
+        if refusal is not None and all(not name for name in self.backend):
+            raise refusal
+        self._solve_determined(bound, best)
+        self._diagnose(bound, best)
+        return self._outputs(bound, best)
+
+    def _start(self, samples: int) -> Array:
+        n = self.program.variables.size
+        if self.initial is not None:
+            return np.broadcast_to(self.initial, (samples, n)) if len(self.initial) == 1 else self.initial
+        if self.warm_start is not None and len(self.warm_start) == samples:
+            return np.stack([point.primal for point in self.warm_start])
+        return np.zeros((samples, n))
+
+    def _reset(self, samples: int) -> None:
+        self.status = [Status.BACKEND_ERROR] * samples
+        self.reasons, self.backend, self.method = [""] * samples, [""] * samples, [""] * samples
+        self.iterations = [None] * samples
+
+    def _call(self, route: Route, bound: Bound, initial: Array, samples: Index) -> list[Point]:
+        """The backend's points; an exception of its own fails the samples, not the program."""
+        warm = None
+        if self.warm_start is not None and len(self.warm_start) == len(self.status):
+            warm = [self.warm_start[i] for i in samples]
+        batch = Batch(
+            self.program,
+            bound.parameters,
+            bound.lower,
+            bound.upper,
+            initial,
+            route.method.name,
+            self.options,
+            warm,
+        )
+        try:
+            points = route.adapter.solve_batch(batch)
+        except DDNError:
+            raise
+        except Exception:  # of some sample: ask one by one
+            points = [_isolated(route.adapter, batch, i) for i in range(len(batch))]
+        return [self._checked(point, z) for point, z in zip(points, initial, strict=True)]
+
+    def _checked(self, point: Point, initial: Array) -> Point:
+        if np.shape(point.primal) != initial.shape:
+            message = f"returned a point of shape {np.shape(point.primal)}, expected {initial.shape}"
+            return Point(initial, Status.BACKEND_ERROR, message=message)
+        if not np.isfinite(point.primal).all():
+            status = Status.NUMERICAL_ERROR if point.status is Status.OPTIMAL else point.status
+            return Point(initial, status, message=point.message or "returned numbers that are not finite")
+        return point
+
+    def _judge(
+        self, route: Route, points: list[Point], bound: Bound, samples: Index, best: PrimalDual, open_: Mask
+    ) -> None:
+        """Verify what a backend returned; keep the better of old and new, close what is solved."""
+        part = bound.take(samples)
+        start = _with_multipliers(self.program, part, points)
+        verified = verify(self.program, part, start, self.policy, self.dtype)
+        if len(samples) == len(self.status):
+            self.verified = verified
+        for k, i in enumerate(samples):
+            solved = verified.status[k] is Status.OPTIMAL
+            if not solved and self.backend[i]:
+                continue  # an earlier backend's verdict stands
+            best.put(i, verified.evaluation.point, k)
+            self.backend[i], self.method[i] = route.backend, route.method.name
+            self.iterations[i] = points[k].iterations
+            self.status[i], self.reasons[i] = _verdict(points[k], verified.status[k], verified.reasons[k])
+            open_[i] = not (solved or self._proved(bound.take([i]), best.z[i], self.status[i]))
+
+    def _proved(self, bound: Bound, z: Array, claim: Status) -> bool:
+        """Whether a backend's claim that an LP or QP has no solution holds; then no other need be asked."""
+        claims = claim in (Status.INFEASIBLE, Status.UNBOUNDED)
+        if not claims or self.program.problem_class not in (ProblemClass.LP, ProblemClass.QP):
+            return False
+        found = diagnose(self.program, bound, z, self.policy.accuracy)
+        return found is not None and found[0] is claim
+
+    def _solve_determined(self, bound: Bound, best: PrimalDual) -> None:
+        """More equations than variables, which backends refuse, leave at most one point: find that."""
+        failed = np.flatnonzero([status in _UNEXPLAINED for status in self.status])
+        if self.program.equality.size <= self.program.variables.size or not failed.size:
+            return
+        part = bound.take(failed)
+        z = np.stack([nearest_feasible(self.program, bound.take([i]), best.z[i]) for i in failed])
+        start = least_squares_multipliers(self.program, part, z, _NEARLY_ACTIVE)
+        verified = verify(self.program, part, start, self.policy, self.dtype)
+        for k in np.flatnonzero(verified.optimal):
+            best.put(int(failed[k]), verified.evaluation.point, int(k))
+            self.status[failed[k]], self.reasons[failed[k]] = Status.OPTIMAL, ""
+            self.method[failed[k]] = "gauss-newton"
+
+    def _diagnose(self, bound: Bound, best: PrimalDual) -> None:
+        """Tell infeasible and unbounded samples where the backend could not."""
+        limited = self.options.max_iter is not None or self.options.time_limit is not None
+        for i, status in enumerate(self.status):
+            if status not in _UNEXPLAINED and (status is not Status.ITERATION_LIMIT or limited):
+                continue
+            if (bound.lower[i] > bound.upper[i]).any():
+                continue  # contradicting bounds are explained already
+            found = diagnose(self.program, bound.take([i]), best.z[i], self.policy.accuracy)
+            if found is not None:
+                self.status[i], why = found
+                self.reasons[i] = "; ".join(text for text in (why, self.reasons[i]) if text)
+            elif status is Status.INFEASIBLE:
+                self.status[i] = Status.NOT_A_KKT_POINT
+                self.reasons[i] = "; ".join(t for t in ("there are feasible points", self.reasons[i]) if t)
+
+    def _outputs(self, bound: Bound, best: PrimalDual) -> Outputs:
+        assert self.operation is not None
+        converged = np.array([status is Status.OPTIMAL for status in self.status], dtype=bool)
+        return outputs_of(self.operation, self._whole(bound, best), converged, self.policy.on_failure)
+
+    def _whole(self, bound: Bound, best: PrimalDual) -> Verified:
+        """One ``Verified`` for the batch: that of a single route as it is, pieces put together again."""
+        if self.verified is None or not np.array_equal(self.verified.evaluation.point.z, best.z):
+            self.verified = verify(self.program, bound, best, self.policy, self.dtype, minimum=False)
+        self.verified = replace(self.verified, status=tuple(self.status), reasons=tuple(self.reasons))
+        return self.verified
+
+
+def _isolated(adapter: Adapter, batch: Batch, i: int) -> Point:
+    try:
+        return adapter.solve(batch[i])
+    except DDNError:
+        raise
+    except Exception as error:
+        return Point(batch.initial[i], Status.BACKEND_ERROR, message=f"{type(error).__name__}: {error}")
+
+
+def _verdict(point: Point, verified: Status, reason: str) -> tuple[Status, str]:
+    if verified is Status.OPTIMAL:
+        return verified, "" if point.status is Status.OPTIMAL else point.message
+    if point.status is Status.OPTIMAL or verified is Status.NOT_A_MINIMUM:
+        return verified, reason
+    said = f"the backend says: {point.message}" if point.message else ""
+    return point.status, "; ".join(text for text in (said, reason) if text)
+
+
+def _with_multipliers(program: Program, bound: Bound, points: list[Point]) -> PrimalDual:
+    """The backend's multipliers where it gave them all, else those of least squares."""
+    z = np.stack([point.primal for point in points]).astype(float)
+    if program.degree("objective") == 0:  # feasibility: nothing pushes against the constraints
+        zero = np.zeros_like(z)
+        return PrimalDual(z, np.zeros((len(z), program.constraints)), zero, zero.copy())
+    given = [_stacked_multipliers(program, point) for point in points]
+    y, lower, upper = (np.zeros((len(z), size)) for size in (program.constraints, z.shape[1], z.shape[1]))
+    missing = np.array([g is None for g in given], dtype=bool)
+    for i, multipliers in enumerate(given):
+        if multipliers is not None:
+            y[i], lower[i], upper[i] = multipliers
+    if missing.any():
+        found = least_squares_multipliers(program, bound.take(missing), z[missing], _NEARLY_ACTIVE)
+        y[missing], lower[missing], upper[missing] = found.y, found.lower, found.upper
+    return PrimalDual(z, y, lower, upper)
+
+
+def _stacked_multipliers(program: Program, point: Point) -> tuple[Array, Array, Array] | None:
+    n = program.variables.size
+    parts = []
+    for values, size, needed in (
+        (point.equality, program.equality.size, True),
+        (point.inequality, program.inequality.size, True),
+        (point.lower, n, Feature.BOUNDS in program.features),
+        (point.upper, n, Feature.BOUNDS in program.features),
+    ):
+        if values is None and (size and needed):
+            return None
+        parts.append(np.zeros(size) if values is None else np.asarray(values, dtype=float).reshape(size))
+    if not all(np.isfinite(part).all() for part in parts):
+        return None
+    return np.concatenate(parts[:2]), parts[2], parts[3]
