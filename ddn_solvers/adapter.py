@@ -112,15 +112,18 @@ class Dialect:
     """How one method says what can be said to all of them, and what it answers, as data.
 
     Attributes:
-        max_iter, tolerance, time_limit: Its names for these ``Options``, each set to the same value;
-            ``()``: nothing to tell it (the adapter sees to it); ``None``: asking for it is an error.
-        defaults: Its options unless told otherwise.
+        max_iter, tolerance, time_limit: Its names, separated by spaces, for these ``Options``, each set
+            to the same value; ``""``: nothing to tell it (the adapter sees to it); ``None``: asking for
+            it is an error.
+        tight: Its tolerance unless told otherwise; ``None``: the backend's own default.
+        defaults: Further options unless told otherwise.
         status: What it returns -> ``Status``.
     """
 
-    max_iter: tuple[str, ...] | None = None
-    tolerance: tuple[str, ...] | None = None
-    time_limit: tuple[str, ...] | None = None
+    max_iter: str | None = None
+    tolerance: str | None = None
+    time_limit: str | None = None
+    tight: float | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     status: Mapping[Any, Status] = field(default_factory=dict)
 
@@ -134,7 +137,8 @@ class Dialect:
         Raises:
             ProblemError: A limit that the method cannot keep.
         """
-        native = dict(self.defaults)
+        tight = {} if self.tight is None else dict.fromkeys((self.tolerance or "").split(), self.tight)
+        native = {**tight, **self.defaults}
         for limit in ("max_iter", "tolerance", "time_limit"):
             value, names = getattr(options, limit), getattr(self, limit)
             if value is not None and names is None:
@@ -142,7 +146,7 @@ class Dialect:
                     f"{where} has no option for {limit!r} that we know", fix="Use a native one."
                 )
             if value is not None:
-                native.update(dict.fromkeys(names, value))
+                native.update(dict.fromkeys(names.split(), value))
         return {**native, **options.native}
 
     def blame(self, options: Options, error: Exception, where: str) -> None:
@@ -151,13 +155,14 @@ class Dialect:
         Raises:
             ProblemError: It is; near matches are among the names that this dialect knows.
         """
-        known = {*self.defaults, *(self.max_iter or ()), *(self.tolerance or ()), *(self.time_limit or ())}
+        limits = f"{self.max_iter or ''} {self.tolerance or ''} {self.time_limit or ''}"
+        known = {*self.defaults, *limits.split()}
         for name in options.native:
             if re.search(rf"\b{re.escape(name.rpartition('.')[2])}\b", str(error)):
                 near = difflib.get_close_matches(name, known) or sorted(known)
                 raise ProblemError(
                     f"option {name!r} is not one that {where} accepts",
-                    expected=f"one such as {', '.join(near)}" if near else "",
+                    expected=f"one such as {', '.join(near)}" if near else None,
                     got=_last_line(error),
                 ) from error
 
@@ -235,7 +240,7 @@ class Point:
     fallback: str = ""  # why it went the slow way; one ``FallbackWarning`` a call
 
 
-def bound_multipliers(forces: Array) -> dict[str, Array]:
+def bound_multipliers(forces: Array) -> dict[str, Any]:
     """``lower`` and ``upper`` of a ``Point`` from multipliers that are positive at upper bounds."""
     return {"lower": np.maximum(-forces, 0), "upper": np.maximum(forces, 0)}
 

@@ -718,12 +718,17 @@ def _batch_shape(case: Case) -> tuple[int, ...]:
 
 def takes(adapter: Adapter, method: str, case: Case) -> bool:
     """Whether the adapter claims, by its capabilities, to solve the case with that method."""
-    found = adapter.method(method)
-    if found is None:
+    claimed = adapter.method(method)
+    nonconvex = "nonconvex" in case.tags and claimed is not None and Feature.NONCONVEX not in claimed.features
+    return _reaches(adapter, method, case) and not nonconvex
+
+
+def _reaches(adapter: Adapter, method: str, case: Case) -> bool:
+    """Whether routing hands it the case, as far as the graph shows what that needs."""
+    claimed, program = adapter.method(method), compile_program(case.problem)
+    if claimed is None:
         return False
-    program = compile_program(case.problem)
-    needs = set(program.features) | ({Feature.NONCONVEX} if "nonconvex" in case.tags else set())
-    return program.problem_class in found.classes and needs <= found.features
+    return program.problem_class in claimed.classes and program.features <= claimed.features
 
 
 def check_adapter(
@@ -737,8 +742,9 @@ def check_adapter(
 ) -> list[Point]:
     """Hold one method of an adapter to its contract on one case; returns the points of the samples.
 
-    A case that the method does not claim to take must be refused by ``BackendCannotSolve`` or end in a
-    status that is not ``OPTIMAL``; it may also simply be solved.
+    What routing never hands to the method is passed over. A case whose non-convexity no graph shows, and
+    that the method does not claim, must be refused by ``BackendCannotSolve`` or end in a status that is not
+    ``OPTIMAL``; it may also simply be solved.
 
     Args:
         adapter: The adapter.
@@ -751,6 +757,8 @@ def check_adapter(
     Raises:
         AssertionError: The contract is broken; the message says where.
     """
+    if not _reaches(adapter, method, case):
+        return []
     batch = make_batch(case, method, options)
     if not takes(adapter, method, case):
         try:
@@ -774,7 +782,7 @@ def check_adapter(
                 batch[i].objective(point.primal), answer.objective[i], point_tolerance, f"{where}: objective"
             )
         _check_multipliers(adapter, batch, i, point, answer, dual_tolerance, where)
-    alone = adapter.solve(batch[0])
+    alone = adapter.attempt(batch[0])
     _close(alone.primal, points[0].primal, point_tolerance, f"{case}: sample 0 alone and in its batch")
     return points
 

@@ -109,7 +109,9 @@ def test_reserved_names_are_refused(field, name):
         ddn.Problem(**fields)
 
 
-@pytest.mark.parametrize("given", [None, 3, "problem", [("variables", {})], squares], ids=repr)
+@pytest.mark.parametrize(
+    "given", [None, 3, "problem", [("variables", {})], squares], ids=lambda given: type(given).__name__
+)
 def test_what_is_no_declaration_at_all(given):
     with pytest.raises(ddn.ProblemError):
         ddn.Problem.from_dict(given)

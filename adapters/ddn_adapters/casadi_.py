@@ -50,52 +50,38 @@ _CONIC = {"error_on_fail": False, "print_time": False}
 _NLP_STATUS = {
     "Solve_Succeeded": Status.OPTIMAL,
     "Solved_To_Acceptable_Level": Status.OPTIMAL,
-    "Feasible_Point_Found": Status.OPTIMAL,
     "Infeasible_Problem_Detected": Status.INFEASIBLE,
     "Diverging_Iterates": Status.UNBOUNDED,
     "Maximum_Iterations_Exceeded": Status.ITERATION_LIMIT,
     "Maximum_CpuTime_Exceeded": Status.TIME_LIMIT,
     "Maximum_WallTime_Exceeded": Status.TIME_LIMIT,
+    "User_Requested_Stop": Status.TIME_LIMIT,  # by our stopwatch
     "NonIpopt_Exception_Thrown": Status.BACKEND_ERROR,
-    "Unrecoverable_Exception": Status.BACKEND_ERROR,
 }
-# A dotted option is one of the solver behind the plugin.
+# A dotted option is one of the solver behind the plugin. Where a QP solver has no time limit, it cannot be
+# interrupted and is bounded by its iterations alone.
 _IPOPT = Dialect(
-    max_iter=("ipopt.max_iter",),
-    tolerance=("ipopt.tol", "ipopt.constr_viol_tol"),
-    time_limit=("ipopt.max_wall_time",),
+    max_iter="ipopt.max_iter",
+    tolerance="ipopt.tol ipopt.constr_viol_tol",
+    time_limit="ipopt.max_wall_time",
+    tight=1e-9,
+    # Without the last one, the point lies outside its bounds by 1e-8.
+    defaults={**_NLP, "ipopt.print_level": 0, "ipopt.sb": "yes", "ipopt.bound_relax_factor": 0.0},
     status=_NLP_STATUS,
-    defaults={
-        **_NLP,
-        "ipopt.print_level": 0,
-        "ipopt.sb": "yes",
-        "ipopt.tol": 1e-9,
-        "ipopt.constr_viol_tol": 1e-9,
-        "ipopt.bound_relax_factor": 0.0,  # else the point lies outside its bounds by 1e-8
-    },
 )
-_IPOPT_WARM = {
-    "ipopt.warm_start_init_point": "yes",
-    "ipopt.mu_init": 1e-7,
-    "ipopt.warm_start_bound_push": 1e-9,
-    "ipopt.warm_start_bound_frac": 1e-9,
-    "ipopt.warm_start_slack_bound_push": 1e-9,
-    "ipopt.warm_start_slack_bound_frac": 1e-9,
-    "ipopt.warm_start_mult_bound_push": 1e-9,
+_PUSHES = "bound_push bound_frac slack_bound_push slack_bound_frac mult_bound_push"
+_IPOPT_WARM = {"ipopt.warm_start_init_point": "yes", "ipopt.mu_init": 1e-7} | {
+    f"ipopt.warm_start_{push}": 1e-9 for push in _PUSHES.split()
 }
 _SQPMETHOD = Dialect(
-    max_iter=("max_iter",),
-    tolerance=("tol_pr", "tol_du"),
-    time_limit=(),  # a callback watches it
-    status={**_NLP_STATUS, "User_Requested_Stop": Status.TIME_LIMIT},
+    max_iter="max_iter",
+    tolerance="tol_pr tol_du",
+    time_limit="",
+    tight=1e-9,
     defaults={
         **_NLP,
-        "print_header": False,
-        "print_iteration": False,
-        "print_status": False,
+        **dict.fromkeys(("print_header", "print_iteration", "print_status"), False),
         "max_iter": 200,
-        "tol_pr": 1e-9,
-        "tol_du": 1e-9,
         # daqp needs a convex QP. Reflecting eigenvalues leaves a convex Hessian as it is, so that Newton
         # stays Newton; the default of 3 step lengths accepts steps that multiply the merit function.
         "convexify_strategy": "eigen-reflect",
@@ -105,42 +91,36 @@ _SQPMETHOD = Dialect(
         "qpsol_options.error_on_fail": False,
         "qpsol_options.daqp": {"eps_prox": 1e-6, "eta_prox": 1e-12, "primal_tol": 1e-9},
     },
+    status=_NLP_STATUS,
 )
-# Those without a time limit cannot be interrupted: they are bounded by their iterations alone.
 _DAQP = Dialect(
-    max_iter=("daqp.iter_limit",),
-    tolerance=("daqp.primal_tol", "daqp.dual_tol"),
-    time_limit=(),
-    status={
-        "1": Status.OPTIMAL,
-        "2": Status.OPTIMAL,
-        "-1": Status.INFEASIBLE,
-        "-3": Status.UNBOUNDED,
-        "-4": Status.ITERATION_LIMIT,
-    },
+    max_iter="daqp.iter_limit",
+    tolerance="daqp.primal_tol daqp.dual_tol",
+    time_limit="",
     # Proximal-point iterations take singular Hessians (an LP's is zero) and cost a regular one nothing.
     defaults={**_CONIC, "daqp.primal_tol": 1e-9, "daqp.eps_prox": 1e-6, "daqp.eta_prox": 1e-10},
+    status={"-1": Status.INFEASIBLE, "-3": Status.UNBOUNDED, "-4": Status.ITERATION_LIMIT},
 )
 _QPOASES = Dialect(
-    max_iter=("nWSR",),
-    tolerance=("terminationTolerance",),
-    time_limit=("CPUtime",),
+    max_iter="nWSR",
+    tolerance="terminationTolerance",
+    time_limit="CPUtime",
+    defaults={**_CONIC, "printLevel": "none"},
     status={
-        "Successful return.": Status.OPTIMAL,
         "Initial QP could not be solved due to infeasibility!": Status.INFEASIBLE,
         "Initial QP could not be solved due to unboundedness!": Status.UNBOUNDED,
         "Premature homotopy termination because QP is infeasible.": Status.INFEASIBLE,
         "Premature homotopy termination because QP is unbounded.": Status.UNBOUNDED,
         "Maximum number of working set recalculations performed.": Status.ITERATION_LIMIT,
     },
-    defaults={**_CONIC, "printLevel": "none"},
 )
 _OSQP = Dialect(
-    max_iter=("osqp.max_iter",),
-    tolerance=("osqp.eps_abs", "osqp.eps_rel"),
-    time_limit=(),
+    max_iter="osqp.max_iter",
+    tolerance="osqp.eps_abs osqp.eps_rel",
+    time_limit="",
+    tight=1e-9,
+    defaults={**_CONIC, "osqp.verbose": False, "osqp.max_iter": 100_000},
     status={
-        "solved": Status.OPTIMAL,
         "solved inaccurate": Status.OPTIMAL,
         "primal infeasible": Status.INFEASIBLE,
         "primal infeasible inaccurate": Status.INFEASIBLE,
@@ -148,21 +128,18 @@ _OSQP = Dialect(
         "dual infeasible inaccurate": Status.UNBOUNDED,
         "maximum iterations reached": Status.ITERATION_LIMIT,
     },
-    defaults={
-        **_CONIC,
-        "osqp.verbose": False,
-        "osqp.eps_abs": 1e-9,
-        "osqp.eps_rel": 1e-9,
-        "osqp.max_iter": 100_000,
-    },
 )
 _QRQP = Dialect(
-    max_iter=("max_iter",),
-    tolerance=("constr_viol_tol", "dual_inf_tol"),
-    time_limit=(),
-    status={"success": Status.OPTIMAL, "Maximum number of iterations reached": Status.ITERATION_LIMIT},
+    max_iter="max_iter",
+    tolerance="constr_viol_tol dual_inf_tol",
+    time_limit="",
     # Its iterations are dense and may cycle: minutes at the default limit of 1000 and some 100 variables.
-    defaults={**_CONIC, "print_iter": False, "print_header": False, "print_info": False, "max_iter": 300},
+    defaults={
+        **_CONIC,
+        **dict.fromkeys(("print_iter", "print_header", "print_info"), False),
+        "max_iter": 300,
+    },
+    status={"Maximum number of iterations reached": Status.ITERATION_LIMIT},
 )
 
 
@@ -186,11 +163,7 @@ class CasADiAdapter(Adapter):
     def solve(self, instance: Instance) -> Point:
         with _silent(instance.method):
             found, stats = self._model(instance).solve(instance)
-        x, lam_g, lam_x = (column.full().ravel() for column in found)
-        message = str(stats["return_status"])
-        unknown = Status.OPTIMAL if stats["success"] else Status.NUMERICAL_ERROR
-        status = self.dialect(instance.method).status.get(message, unknown)
-        return _point(instance, x, lam_g, lam_x, status, message, stats.get("iter_count", -1))
+        return self._point(instance, [column.full().ravel() for column in found], stats)
 
     def solve_batch(self, batch: Batch) -> list[Point]:
         """QPs all at once in compiled code; one by one what is not solved so, to learn why."""
@@ -198,16 +171,33 @@ class CasADiAdapter(Adapter):
             return super().solve_batch(batch)
         try:
             with _silent(batch.method):
-                *found, residuals = self._model(batch).solve_batch(batch)
-            solved = residuals[:, 0] <= _SOLVED
+                *found, residual = self._model(batch).solve_batch(batch)
         except RuntimeError:  # of one sample, and none says which
-            found, solved = [], np.zeros(len(batch), dtype=bool)
+            return super().solve_batch(batch)
+        stats = {"return_status": "solved by a map", "success": True}
         return [
-            _point(batch[i], *(numbers[i] for numbers in found), Status.OPTIMAL, "solved")
-            if solved[i]
+            self._point(batch[i], [numbers[i] for numbers in found], stats)
+            if residual[i, 0] <= _SOLVED
             else self.attempt(batch[i])
             for i in range(len(batch))
         ]
+
+    def _point(self, instance: Instance, found: Sequence[Array], stats: Mapping[str, Any]) -> Point:
+        (x, lam_g, lam_x), m = found, instance.program.equality.size
+        message = str(stats["return_status"])
+        unknown = Status.OPTIMAL if stats["success"] else Status.NUMERICAL_ERROR
+        status = self.dialect(instance.method).status.get(message, unknown)
+        if status is Status.OPTIMAL and np.abs(x).max(initial=0.0) > _INFINITE:
+            status = Status.UNBOUNDED
+        return Point(
+            x,
+            status,
+            equality=lam_g[:m],
+            inequality=lam_g[m:],
+            **bound_multipliers(lam_x),
+            iterations=stats.get("iter_count"),
+            message=f"{instance.method}: {message}",
+        )
 
     def _model(self, of: Instance | Batch) -> Any:
         """The solver object for these options, made once a program."""
@@ -370,29 +360,6 @@ def _forces(warm: Point | None, program: Program) -> tuple[Array, Array]:
     if warm is not None and warm.equality is not None and warm.inequality is not None:
         lam_g = np.concatenate([warm.equality, warm.inequality])
     return lam_x, lam_g
-
-
-def _point(
-    instance: Instance,
-    x: Array,
-    lam_g: Array,
-    lam_x: Array,
-    status: Status,
-    message: str,
-    iterations: int = -1,
-) -> Point:
-    if status is Status.OPTIMAL and np.abs(x).max(initial=0.0) > _INFINITE:
-        status = Status.UNBOUNDED
-    m = instance.program.equality.size
-    return Point(
-        x,
-        status,
-        equality=lam_g[:m],
-        inequality=lam_g[m:],
-        **bound_multipliers(lam_x),
-        iterations=iterations if iterations >= 0 else None,
-        message=f"{instance.method}: {message}",
-    )
 
 
 def _silent(method: str) -> contextlib.AbstractContextManager[Any]:

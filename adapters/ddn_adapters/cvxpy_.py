@@ -38,40 +38,40 @@ _STATUS = {
     "unbounded_inaccurate": Status.UNBOUNDED,
     "user_limit": Status.ITERATION_LIMIT,
 }
+_SLOW = "CVXPY canonicalises at every call: parameters multiply each other in "
 
 
-def _dialect(
-    max_iter: str, tolerance: str, time_limit: str, tight: float | None = None, defaults: Any = None
-) -> Dialect:
-    """Names as words, none where there is none; ``tight`` is the default of the tolerances."""
-    words = (tuple(names.split()) or None for names in (max_iter, tolerance, time_limit))
-    tolerances = {} if tight is None else dict.fromkeys(tolerance.split(), tight)
-    return Dialect(*words, defaults={**tolerances, **(defaults or {})}, status=_STATUS)
+def _dialect(max_iter: str, tolerance: str, time_limit: str | None, **more: Any) -> Dialect:
+    return Dialect(max_iter, tolerance, time_limit, **{"tight": 1e-9, **more}, status=_STATUS)
 
 
-_HIGHS_LIMITS = "simplex_iteration_limit ipm_iteration_limit qp_iteration_limit"
-_HIGHS_TOLERANCES = "primal_feasibility_tolerance dual_feasibility_tolerance"
 _DIALECTS = {
-    # Where 1e-10 is out of reach, its last point is still the best there is; we verify it anyway.
     "CLARABEL": _dialect(
         "max_iter",
         "tol_gap_abs tol_gap_rel tol_feas",
         "time_limit",
-        1e-10,
-        {"max_iter": 500, "accept_unknown": True},
+        # Where 1e-10 is out of reach, its last point is still the best there is; we verify it anyway.
+        tight=1e-10,
+        defaults={"max_iter": 500, "accept_unknown": True},
     ),
     "OSQP": _dialect(
-        "max_iter", "eps_abs eps_rel", "time_limit", 1e-9, {"max_iter": 100_000, "polishing": True}
+        "max_iter", "eps_abs eps_rel", "time_limit", defaults={"max_iter": 100_000, "polishing": True}
     ),
-    "SCS": _dialect("max_iters", "eps_abs eps_rel", "time_limit_secs", 1e-9, {"max_iters": 100_000}),
-    "HIGHS": _dialect(_HIGHS_LIMITS, _HIGHS_TOLERANCES, "time_limit", 1e-9),
-    "PIQP": _dialect("max_iter", "eps_abs eps_rel", "", 1e-9),
-    "PROXQP": _dialect("max_iter", "eps_abs eps_rel", "", 1e-9),
-    "QPALM": _dialect("max_iter", "eps_abs eps_rel", "time_limit", 1e-9),
-    "DAQP": _dialect("iter_limit", "primal_tol dual_tol", ""),
-    "ECOS": _dialect("max_iters", "abstol reltol feastol", ""),
-    "CVXOPT": _dialect("max_iters", "abstol reltol feastol", ""),
-    "GUROBI": _dialect("BarIterLimit IterationLimit", "FeasibilityTol OptimalityTol", "TimeLimit"),
+    "SCS": _dialect("max_iters", "eps_abs eps_rel", "time_limit_secs", defaults={"max_iters": 100_000}),
+    "HIGHS": _dialect(
+        "simplex_iteration_limit ipm_iteration_limit qp_iteration_limit",
+        "primal_feasibility_tolerance dual_feasibility_tolerance",
+        "time_limit",
+    ),
+    "PIQP": _dialect("max_iter", "eps_abs eps_rel", None),
+    "PROXQP": _dialect("max_iter", "eps_abs eps_rel", None),
+    "QPALM": _dialect("max_iter", "eps_abs eps_rel", "time_limit"),
+    "DAQP": _dialect("iter_limit", "primal_tol dual_tol", None, tight=None),
+    "ECOS": _dialect("max_iters", "abstol reltol feastol", None, tight=None),
+    "CVXOPT": _dialect("max_iters", "abstol reltol feastol", None, tight=None),
+    "GUROBI": _dialect(
+        "BarIterLimit IterationLimit", "FeasibilityTol OptimalityTol", "TimeLimit", tight=None
+    ),
 }
 
 
@@ -159,12 +159,9 @@ def _point(model: Model, instance: Instance, found: Any) -> Point:
     )
 
 
-_SLOW = "CVXPY canonicalises at every call: parameters multiply each other in "
-
-
 def _multipliers(model: Model, found: Mapping[int, Any]) -> dict[str, Any]:
     """By field of ``Point``; nothing if the solver left any out."""
-    constraints = {**model.constraints, **model.at_bounds}
+    constraints: dict[Any, Any] = {**model.constraints, **model.at_bounds}
     duals: dict[Any, Any] = {key: found.get(constraint.id) for key, constraint in constraints.items()}
     if any(dual is None for dual in duals.values()):
         return {}

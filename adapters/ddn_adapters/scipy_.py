@@ -40,38 +40,36 @@ _SPARSE_FROM = 200  # variables; below, trust-constr factorises dense Jacobians,
 
 # No names for a time limit, except HiGHS: an ``Instance`` stops whoever evaluates it.
 _SLSQP = Dialect(
-    max_iter=("maxiter",),
-    tolerance=("ftol",),
-    time_limit=(),
-    defaults={"ftol": 1e-12, "maxiter": 1000},
+    max_iter="maxiter",
+    tolerance="ftol",
+    time_limit="",
+    tight=1e-12,
+    defaults={"maxiter": 1000},
     status={0: Status.OPTIMAL, 4: Status.INFEASIBLE, 9: Status.ITERATION_LIMIT},
 )
 _TRUST_CONSTR = Dialect(
-    max_iter=("maxiter",),
-    tolerance=("gtol", "xtol", "barrier_tol"),
-    time_limit=(),
-    defaults={"gtol": 1e-9, "xtol": 1e-12, "barrier_tol": 1e-9, "maxiter": 2000},
+    max_iter="maxiter",
+    tolerance="gtol xtol barrier_tol",
+    time_limit="",
+    tight=1e-9,
+    defaults={"xtol": 1e-12, "maxiter": 2000},
     # 2: xtol; 3: stopped by our callback; 4: a last point, judged as any other
     status={0: Status.ITERATION_LIMIT, **dict.fromkeys((1, 2, 3, 4), Status.OPTIMAL)},
 )
 _LBFGSB = Dialect(
-    max_iter=("maxiter",),
-    tolerance=("ftol", "gtol"),
-    time_limit=(),
-    defaults={"ftol": 0.0, "gtol": 1e-9, "maxiter": 15_000, "maxfun": 100_000, "maxcor": 20, "maxls": 50},
+    max_iter="maxiter",
+    tolerance="ftol gtol",
+    time_limit="",
+    tight=1e-9,
+    defaults={"ftol": 0.0, "maxiter": 15_000, "maxfun": 100_000, "maxcor": 20, "maxls": 50},
     status={0: Status.OPTIMAL, 1: Status.ITERATION_LIMIT},
 )
 _HIGHS = Dialect(
-    max_iter=("maxiter",),
-    tolerance=("primal_feasibility_tolerance", "dual_feasibility_tolerance"),
-    time_limit=("time_limit",),
-    defaults={"primal_feasibility_tolerance": 1e-9, "dual_feasibility_tolerance": 1e-9},
-    status={
-        0: Status.OPTIMAL,
-        1: Status.ITERATION_LIMIT,
-        2: Status.INFEASIBLE,
-        3: Status.UNBOUNDED,
-    },
+    max_iter="maxiter",
+    tolerance="primal_feasibility_tolerance dual_feasibility_tolerance",
+    time_limit="time_limit",
+    tight=1e-9,
+    status={0: Status.OPTIMAL, 1: Status.ITERATION_LIMIT, 2: Status.INFEASIBLE, 3: Status.UNBOUNDED},
 )
 
 
@@ -130,7 +128,7 @@ class _Objective:
         return self.instance.hessian(z, *self._none, 1 / self.unit)
 
 
-def _slsqp(instance: Instance, options: dict[str, Any]) -> tuple[Any, dict[str, Array]]:
+def _slsqp(instance: Instance, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     from scipy.optimize import Bounds, minimize
 
     m, objective = instance.program.equality.size, _Objective(instance)
@@ -162,7 +160,7 @@ def _slsqp(instance: Instance, options: dict[str, Any]) -> tuple[Any, dict[str, 
     return found, {"equality": -multipliers[:m], "inequality": multipliers[m:]}
 
 
-def _trust_constr(instance: Instance, options: dict[str, Any]) -> tuple[Any, dict[str, Array]]:
+def _trust_constr(instance: Instance, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     from scipy.optimize import Bounds, NonlinearConstraint, minimize
 
     m, n, rows = instance.program.equality.size, len(instance.initial), instance.program.constraints
@@ -206,7 +204,7 @@ def _trust_constr(instance: Instance, options: dict[str, Any]) -> tuple[Any, dic
     return found, {"equality": y[:m], "inequality": y[m:], **bound_multipliers(forces)}
 
 
-def _lbfgsb(instance: Instance, options: dict[str, Any]) -> tuple[Any, dict[str, Array]]:
+def _lbfgsb(instance: Instance, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     from scipy.optimize import Bounds, minimize
 
     objective, bounds = _Objective(instance), Bounds(instance.lower, instance.upper)
@@ -216,7 +214,7 @@ def _lbfgsb(instance: Instance, options: dict[str, Any]) -> tuple[Any, dict[str,
     ), {}
 
 
-def _highs(instance: Instance, options: dict[str, Any]) -> tuple[Any, dict[str, Array]]:
+def _highs(instance: Instance, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     from scipy.optimize import linprog
 
     form, bounds = instance.quadratic(), np.stack([instance.lower, instance.upper], axis=1)
@@ -231,7 +229,7 @@ def _highs(instance: Instance, options: dict[str, Any]) -> tuple[Any, dict[str, 
     }
 
 
-_RUNS: dict[str, Callable[[Instance, dict[str, Any]], tuple[Any, dict[str, Array]]]] = {
+_RUNS: dict[str, Callable[[Instance, dict[str, Any]], tuple[Any, dict[str, Any]]]] = {
     "SLSQP": _slsqp,
     "trust-constr": _trust_constr,
     "L-BFGS-B": _lbfgsb,
