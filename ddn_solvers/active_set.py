@@ -63,10 +63,6 @@ class ActiveSet:
     def take(self, samples: Any) -> ActiveSet:
         return replace(self, sides=self.sides[samples], weak=self.weak[samples], margin=self.margin[samples])
 
-    def without_weak(self) -> ActiveSet:
-        """The same with weakly active constraints counted as inactive."""
-        return replace(self, sides=self.sides & ~self.weak)
-
 
 def identify(evaluation: Evaluation, tolerance: float | np.ndarray[Any, Any]) -> ActiveSet:
     """The active set at a batch of points; ``tolerance`` a number or (B,)."""

@@ -27,7 +27,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -67,6 +67,7 @@ __all__ = [
     "QuadraticForm",
     "Status",
     "bound_multipliers",
+    "interruptible",
 ]
 
 
@@ -88,6 +89,9 @@ class Feature(enum.Enum):
     NONCONVEX = "non-convexity"
     CALLBACKS = "functions that only torch can evaluate"
     NONSMOOTH = "non-smooth terms"
+
+
+_RAY = 1e10  # an entry beyond this is a ray that was followed, whatever a backend says
 
 
 @dataclass(frozen=True)
@@ -405,8 +409,8 @@ class Adapter(abc.ABC):
             KeyboardInterrupt: Ctrl-C, even where the backend swallows it.
         """
         try:
-            with _interruptible():
-                return self.solve(instance)
+            with interruptible():
+                point = self.solve(instance)
         except DDNError:
             raise
         except OutOfTime as error:
@@ -417,6 +421,9 @@ class Adapter(abc.ABC):
             arithmetic = isinstance(error, ArithmeticError)
             status = Status.NUMERICAL_ERROR if arithmetic else Status.BACKEND_ERROR
             return Point(instance.last, status, message=f"{type(error).__name__}: {_last_line(error)}")
+        if point.status is Status.OPTIMAL and np.abs(point.primal).max(initial=0.0) > _RAY:
+            return replace(point, status=Status.UNBOUNDED)
+        return point
 
     def method(self, name: str) -> Method | None:
         """The method of that name, also one found only at run time; ``None`` if there is none."""
@@ -442,7 +449,7 @@ def _last_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
+def interruptible() -> Iterator[None]:
     """Let a Ctrl-C out that compiled code swallows or reports as some failure of its own.
 
     The handler in force decides, as ever, what the signal means: what it raises is raised again on

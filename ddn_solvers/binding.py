@@ -228,6 +228,14 @@ def flat_point(variables: Layout, tensors: Mapping[str, torch.Tensor], batch: Sh
     return flat
 
 
+def flat_batch(layout: Layout, tensors: Mapping[str, torch.Tensor], samples: int) -> Array:
+    """Tensors by name, (*batch, *shape), as one (samples, size) array of numbers."""
+    flat = np.zeros((samples, layout.size))
+    for block in layout:
+        flat[:, block.start : block.stop] = _array(block.name, tensors[block.name]).reshape(-1, block.size)
+    return flat
+
+
 def _array(name: str, tensor: torch.Tensor) -> Array:
     """The numbers of a tensor that is not differentiated; torch.func's grad levels are taken off."""
     while torch._C._functorch.is_gradtrackingtensor(tensor):

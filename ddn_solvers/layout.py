@@ -70,15 +70,6 @@ class Layout:
         batch = flat.shape[:-1]
         return {b.name: flat[..., b.start : b.stop].reshape((*batch, *b.shape)) for b in self.blocks}
 
-    def join(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """{name: (*batch, *shape)} -> (*batch, size); every block must be there, same batch."""
-        parts = []
-        for block in self.blocks:
-            tensor = tensors[block.name]
-            batch = tensor.shape[: tensor.dim() - len(block.shape)]
-            parts.append(tensor.reshape((*batch, block.size)))
-        return torch.cat(parts, dim=-1)
-
     def element(self, flat_index: int) -> str:
         """Name and index of one entry, for messages."""
         block = next(b for b in self.blocks if b.start <= flat_index < b.stop)

@@ -76,30 +76,3 @@ class Problem:
 def as_problem(declaration: Problem | Mapping[str, Any]) -> Problem:
     """Accept a ``Problem`` or the dict that ``Problem.from_dict`` takes."""
     return declaration if isinstance(declaration, Problem) else Problem.from_dict(declaration)
-
-
-@dataclass(frozen=True)
-class Dual:
-    """Multipliers of one or many samples as flat arrays: NumPy, torch or CasADi alike.
-
-    ``constraints`` stacks those of h, then those of g; ``lower`` and ``upper`` belong to the bounds.
-    """
-
-    constraints: Any  # (*batch, equalities + inequalities)
-    lower: Any  # (*batch, n)
-    upper: Any  # (*batch, n)
-
-
-def lagrangian(
-    objective: Any, constraints: Any, slack_lower: Any, slack_upper: Any, dual: Dual, dot: Any
-) -> Any:
-    """L as stated above; ``slack_lower = lower - u`` and ``slack_upper = u - upper``.
-
-    Written on whatever the caller computes with: ``dot`` is its inner product.
-    """
-    return (
-        objective
-        + dot(dual.constraints, constraints)
-        + dot(dual.lower, slack_lower)
-        + dot(dual.upper, slack_upper)
-    )

@@ -19,7 +19,7 @@ import torch
 
 from ddn_solvers.arrays import Array
 from ddn_solvers.assembly import assemble
-from ddn_solvers.binding import Binding, as_tensor, bind, check_finite, flat_point, initial_batch
+from ddn_solvers.binding import Binding, as_tensor, bind, check_finite, flat_batch, flat_point, initial_batch
 from ddn_solvers.certificate import Certificate, certify
 from ddn_solvers.errors import ConvergenceWarning, ProblemError, SensitivityError, warn_caller
 from ddn_solvers.implicit import Operation, Outputs, apply, check_derivative, outputs_of
@@ -357,15 +357,10 @@ def _given(
 
 def _with_dual(program: Program, z: Array, dual: DualSolution) -> PrimalDual:
     def flat(layout: Layout, tensors: Mapping[str, torch.Tensor]) -> Array:
-        if not layout.size:
-            return np.zeros((len(z), 0))
-        joined = layout.join({k: v.detach().to("cpu", torch.float64) for k, v in tensors.items()})
-        array: Array = joined.reshape(-1, layout.size).expand(len(z), layout.size).numpy().copy()
-        return array
+        return flat_batch(layout, tensors, len(z))
 
-    y = np.concatenate(
-        [flat(program.equality, dual.equality), flat(program.inequality, dual.inequality)], axis=1
-    )
+    equality, inequality = flat(program.equality, dual.equality), flat(program.inequality, dual.inequality)
+    y = np.concatenate([equality, inequality], axis=1)
     return PrimalDual(z, y, flat(program.variables, dual.lower), flat(program.variables, dual.upper))
 
 

@@ -13,7 +13,7 @@ from ddn_solvers import registry
 from ddn_solvers.adapter import Feature, Options, Point, ProblemClass
 from ddn_solvers.arrays import Array
 from ddn_solvers.assembly import assemble
-from ddn_solvers.binding import Binding, bind, flat_point, initial_batch
+from ddn_solvers.binding import Binding, bind, flat_batch, flat_point, initial_batch
 from ddn_solvers.captures import Overrides
 from ddn_solvers.certificate import Certificate, certify
 from ddn_solvers.errors import (
@@ -212,10 +212,7 @@ def _warm_points(program: Program, warm_start: Solution | None, binding: Binding
         )
 
     def flat(layout: Layout, tensors: Mapping[str, torch.Tensor]) -> Array:
-        if not layout.size:
-            return np.zeros((binding.samples, 0))
-        joined = layout.join(tensors).detach().to("cpu", torch.float64)
-        return joined.reshape(binding.samples, layout.size).nan_to_num().numpy()
+        return np.nan_to_num(flat_batch(layout, tensors, binding.samples))
 
     dual = warm_start.dual
     arrays = (

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ddn_adapters.cvxpy_ import CVXPYAdapter
 
 import ddn_solvers as ddn
+from ddn_adapters.cvxpy_ import CVXPYAdapter
 from ddn_solvers.adapter import Batch, Instance, Options, Point
 from ddn_solvers.errors import BackendCannotSolve, BackendNotInstalled, FallbackWarning, ProblemError
 from ddn_solvers.lowering.to_cvxpy import AffineForm, Models, QuadraticForm, convexity
@@ -135,7 +135,6 @@ def test_coinciding_and_infinite_bounds() -> None:
         objective=lambda u: (u - torch.tensor([1.0, 2.0, 3.0]).double()).square().sum(),
         bounds={"u": ("low", "high")},
     )
-    adapter = CVXPYAdapter()
     program = compile_program(problem)
     for low, high, expected in (
         ([0.5, -np.inf, -np.inf], [0.5, 1.0, np.inf], [0.5, 1.0, 3.0]),
@@ -230,7 +229,6 @@ def coefficients_problem() -> Problem:
 
 def test_quadratics_by_their_coefficients() -> None:
     problem = coefficients_problem()
-    adapter = CVXPYAdapter()
     for a in (2.0, 3.0, 3.0, 2.0):  # the second Hessian differs from the first: then it is a parameter
         case = instance(problem, a, [1.0, -6.0])
         assert_kkt(case, attempt(case))

@@ -30,8 +30,10 @@ from ddn_solvers.adapter import (
     Method,
     Point,
     ProblemClass,
+    ProblemError,
     Status,
     bound_multipliers,
+    interruptible,
 )
 
 if TYPE_CHECKING:
@@ -43,20 +45,24 @@ _NLPSOL = ("ipopt", "sqpmethod")
 _CONSTRAINED = frozenset({Feature.BOUNDS, Feature.EQUALITY, Feature.INEQUALITY})
 _SMOOTH = _CONSTRAINED | {Feature.NONCONVEX, Feature.CALLBACKS, Feature.NONSMOOTH}
 _SOLVED = 1e-6  # relative KKT residual above which a sample of a map is solved again to learn its status
-_INFINITE = 1e10  # an entry beyond this is a ray that was followed, whatever the solver says
 # Multipliers of the parameters are ours to compute, and callbacks do not offer what they take.
 _NLP = {"print_time": False, "show_eval_warnings": False, "error_on_fail": False, "calc_lam_p": False}
 _CONIC = {"error_on_fail": False, "print_time": False}
-_NLP_STATUS = {
-    "Solve_Succeeded": Status.OPTIMAL,
-    "Solved_To_Acceptable_Level": Status.OPTIMAL,
-    "Infeasible_Problem_Detected": Status.INFEASIBLE,
-    "Diverging_Iterates": Status.UNBOUNDED,
-    "Maximum_Iterations_Exceeded": Status.ITERATION_LIMIT,
-    "Maximum_CpuTime_Exceeded": Status.TIME_LIMIT,
-    "Maximum_WallTime_Exceeded": Status.TIME_LIMIT,
+# What the word of a solver contains, the first that fits; anything else is a numerical error, or success.
+_WORDS = {
+    "Acceptable": Status.OPTIMAL,
+    "solved inaccurate": Status.OPTIMAL,
+    "dual infeasible": Status.UNBOUNDED,
+    "unbounded": Status.UNBOUNDED,
+    "Diverging": Status.UNBOUNDED,
+    "nfeasib": Status.INFEASIBLE,
+    "Time": Status.TIME_LIMIT,
     "User_Requested_Stop": Status.TIME_LIMIT,  # by our stopwatch
-    "NonIpopt_Exception_Thrown": Status.BACKEND_ERROR,
+    "aximum": Status.ITERATION_LIMIT,
+    "Exception": Status.BACKEND_ERROR,
+    "-1": Status.INFEASIBLE,  # DAQP has numbers
+    "-3": Status.UNBOUNDED,
+    "-4": Status.ITERATION_LIMIT,
 }
 # A dotted option is one of the solver behind the plugin. Where a QP solver has no time limit, it cannot be
 # interrupted and is bounded by its iterations alone.
@@ -67,7 +73,6 @@ _IPOPT = Dialect(
     tight=1e-9,
     # Without the last one, the point lies outside its bounds by 1e-8.
     defaults={**_NLP, "ipopt.print_level": 0, "ipopt.sb": "yes", "ipopt.bound_relax_factor": 0.0},
-    status=_NLP_STATUS,
 )
 _PUSHES = "bound_push bound_frac slack_bound_push slack_bound_frac mult_bound_push"
 _IPOPT_WARM = {"ipopt.warm_start_init_point": "yes", "ipopt.mu_init": 1e-7} | {
@@ -91,7 +96,6 @@ _SQPMETHOD = Dialect(
         "qpsol_options.error_on_fail": False,
         "qpsol_options.daqp": {"eps_prox": 1e-6, "eta_prox": 1e-12, "primal_tol": 1e-9},
     },
-    status=_NLP_STATUS,
 )
 _DAQP = Dialect(
     max_iter="daqp.iter_limit",
@@ -99,20 +103,12 @@ _DAQP = Dialect(
     time_limit="",
     # Proximal-point iterations take singular Hessians (an LP's is zero) and cost a regular one nothing.
     defaults={**_CONIC, "daqp.primal_tol": 1e-9, "daqp.eps_prox": 1e-6, "daqp.eta_prox": 1e-10},
-    status={"-1": Status.INFEASIBLE, "-3": Status.UNBOUNDED, "-4": Status.ITERATION_LIMIT},
 )
 _QPOASES = Dialect(
     max_iter="nWSR",
     tolerance="terminationTolerance",
     time_limit="CPUtime",
     defaults={**_CONIC, "printLevel": "none"},
-    status={
-        "Initial QP could not be solved due to infeasibility!": Status.INFEASIBLE,
-        "Initial QP could not be solved due to unboundedness!": Status.UNBOUNDED,
-        "Premature homotopy termination because QP is infeasible.": Status.INFEASIBLE,
-        "Premature homotopy termination because QP is unbounded.": Status.UNBOUNDED,
-        "Maximum number of working set recalculations performed.": Status.ITERATION_LIMIT,
-    },
 )
 _OSQP = Dialect(
     max_iter="osqp.max_iter",
@@ -120,14 +116,6 @@ _OSQP = Dialect(
     time_limit="",
     tight=1e-9,
     defaults={**_CONIC, "osqp.verbose": False, "osqp.max_iter": 100_000},
-    status={
-        "solved inaccurate": Status.OPTIMAL,
-        "primal infeasible": Status.INFEASIBLE,
-        "primal infeasible inaccurate": Status.INFEASIBLE,
-        "dual infeasible": Status.UNBOUNDED,
-        "dual infeasible inaccurate": Status.UNBOUNDED,
-        "maximum iterations reached": Status.ITERATION_LIMIT,
-    },
 )
 _QRQP = Dialect(
     max_iter="max_iter",
@@ -139,7 +127,6 @@ _QRQP = Dialect(
         **dict.fromkeys(("print_iter", "print_header", "print_info"), False),
         "max_iter": 300,
     },
-    status={"Maximum number of iterations reached": Status.ITERATION_LIMIT},
 )
 
 
@@ -170,7 +157,7 @@ class CasADiAdapter(Adapter):
         if batch.method in _NLPSOL:
             return super().solve_batch(batch)
         try:
-            with _silent(batch.method):
+            with interruptible(), _silent(batch.method):
                 *found, residual = self._model(batch).solve_batch(batch)
         except RuntimeError:  # of one sample, and none says which
             return super().solve_batch(batch)
@@ -186,16 +173,14 @@ class CasADiAdapter(Adapter):
         (x, lam_g, lam_x), m = found, instance.program.equality.size
         message = str(stats["return_status"])
         unknown = Status.OPTIMAL if stats["success"] else Status.NUMERICAL_ERROR
-        status = self.dialect(instance.method).status.get(message, unknown)
-        if status is Status.OPTIMAL and np.abs(x).max(initial=0.0) > _INFINITE:
-            status = Status.UNBOUNDED
+        status = next((status for word, status in _WORDS.items() if word in message), unknown)
         return Point(
             x,
             status,
             equality=lam_g[:m],
             inequality=lam_g[m:],
             **bound_multipliers(lam_x),
-            iterations=stats.get("iter_count"),
+            iterations=stats["iter_count"] if stats.get("iter_count", -1) >= 0 else None,
             message=f"{instance.method}: {message}",
         )
 
@@ -218,7 +203,15 @@ class CasADiAdapter(Adapter):
         watched = method == "sqpmethod" and options.time_limit is not None
         kind = _Nonlinear if method in _NLPSOL else _Conic
         key = ("casadi", method, repr(sorted(flat.items())), watched)
-        return program.memo(key, lambda: kind(program, method, nested, watched))
+        try:
+            return program.memo(key, lambda: kind(program, method, nested, watched))
+        except RuntimeError as error:  # OSQP does not say which
+            if not options.native:
+                raise
+            names = ", ".join(map(repr, of.options.native))
+            raise ProblemError(
+                f"{self.where(method)} does not accept the options {names}", got=str(error).splitlines()[-1]
+            ) from error
 
 
 class _Nonlinear:
@@ -354,12 +347,10 @@ def _matrix(pattern: Any, nonzeros: Any) -> Any:
 
 def _forces(warm: Point | None, program: Program) -> tuple[Array, Array]:
     """lam_x and lam_g of an earlier solve, zero where it has none."""
-    lam_x, lam_g = np.zeros(program.variables.size), np.zeros(program.constraints)
-    if warm is not None and warm.lower is not None and warm.upper is not None:
-        lam_x = warm.upper - warm.lower
-    if warm is not None and warm.equality is not None and warm.inequality is not None:
-        lam_g = np.concatenate([warm.equality, warm.inequality])
-    return lam_x, lam_g
+    if warm is None or any(part is None for part in (warm.lower, warm.upper, warm.equality, warm.inequality)):
+        return np.zeros(program.variables.size), np.zeros(program.constraints)
+    lam_x: Any = np.subtract(warm.upper, warm.lower)  # type: ignore[arg-type]  # they are there
+    return lam_x, np.concatenate([warm.equality, warm.inequality])  # type: ignore[list-item]
 
 
 def _silent(method: str) -> contextlib.AbstractContextManager[Any]:
