@@ -96,7 +96,8 @@ def bind(
         whole = tuple(torch.broadcast_shapes(*own, batch))
     except RuntimeError as error:
         sizes = ", ".join(f"{name} {tuple(b)}" for name, b in zip(declared, own, strict=True))
-        raise ProblemError("the batch dimensions of the parameters do not broadcast", got=sizes) from error
+        sizes += f", the given point {tuple(batch)}" if batch else ""
+        raise ProblemError("the batch dimensions do not broadcast against each other", got=sizes) from error
     blocks = [
         _flatten(tensor, block, batch_, whole)
         for tensor, block, batch_ in zip(tensors, program.parameters, own, strict=False)

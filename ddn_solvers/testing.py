@@ -703,9 +703,15 @@ def make_batch(case: Case, method: str, options: Options | None = None) -> Batch
     samples = max((p.shape[0] for p in parameters if p.ndim == 2), default=1)
     n = program.variables.size
     lower, upper = (np.array(np.broadcast_to(side, (samples, n))) for side in program.bounds(parameters))
-    start = np.zeros(n) if case.initial is None else program.variables.join(case.initial).double().numpy()
+    start = np.zeros(n) if case.initial is None else _flat(program.variables, case.initial, 1)[0]
     initial = np.clip(np.broadcast_to(start, (samples, n)), lower, upper)
     return Batch(program, tuple(parameters), lower, upper, initial, method, options or Options())
+
+
+def _flat(layout: Layout, tensors: Tensors, samples: int) -> Array:
+    """{name: (*batch, *shape)} -> (samples, size)."""
+    parts = [tensors[b.name].double().reshape(samples, b.size).numpy() for b in layout]
+    return np.concatenate([np.zeros((samples, 0)), *parts], axis=1)
 
 
 def _batch_shape(case: Case) -> tuple[int, ...]:
@@ -812,9 +818,7 @@ def _flat_answer(case: Case, batch: Batch) -> _Answer:
         shape = _batch_shape(case)
         filled = {b.name: tensors.get(b.name, torch.zeros(b.shape)).double() for b in layout}
         expanded = {b.name: filled[b.name].expand((*shape, *b.shape)) for b in layout}
-        if not expanded:
-            return np.zeros((samples, 0))
-        return layout.join(expanded).reshape(samples, -1).numpy()
+        return _flat(layout, expanded, samples)
 
     dual = (
         None

@@ -11,10 +11,12 @@ placeholder wherever it is used, which also makes float32 modules compute in flo
 
 from __future__ import annotations
 
+import contextlib
 import linecache
+import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -340,7 +342,7 @@ def trace(problem: Problem) -> Graph:
     captured = [accessor.read() for accessor in seen.inputs]
     accessors = list(seen.inputs)
     while True:
-        with torch.enable_grad():
+        with torch.enable_grad(), _quiet_tracer():
             module, shapes, undeclared, refusal = _attempt(problem, terms, captured)
         if not undeclared:
             break
@@ -351,6 +353,17 @@ def trace(problem: Problem) -> Graph:
         accessors, captured = _drop_unused(module, problem, accessors, captured)
     capture_shapes = tuple(tuple(tensor.shape) for tensor in captured)
     return Graph(module, terms, shapes, tuple(accessors), capture_shapes, seen, refusal)
+
+
+@contextlib.contextmanager
+def _quiet_tracer() -> Iterator[None]:
+    """torch logs the whole traceback of an operation that fails in a trace; we say it in one line."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def _returning(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:

@@ -14,7 +14,6 @@ import io
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -122,11 +121,7 @@ _QRQP = Dialect(
     tolerance="constr_viol_tol dual_inf_tol",
     time_limit="",
     # Its iterations are dense and may cycle: minutes at the default limit of 1000 and some 100 variables.
-    defaults={
-        **_CONIC,
-        **dict.fromkeys(("print_iter", "print_header", "print_info"), False),
-        "max_iter": 300,
-    },
+    defaults={**_CONIC, "print_iter": False, "print_header": False, "print_info": False, "max_iter": 300},
 )
 
 
@@ -187,30 +182,23 @@ class CasADiAdapter(Adapter):
     def _model(self, of: Instance | Batch) -> Any:
         """The solver object for these options, made once a program."""
         program, method, warm = of.program, of.method, of.warm_start is not None
-        options = replace(of.options, native=_dotted(method, of.options.native))
-        flat = self.dialect(method).native(options, self.where(method))
+        native = self.dialect(method).native(of.options, self.where(method))
         if warm and method == "ipopt":
-            flat = {**_IPOPT_WARM, **flat}
-        if method == "sqpmethod" and flat["qpsol"] != "daqp" and "qpsol_options.daqp" not in options.native:
-            del flat["qpsol_options.daqp"]
-        nested: dict[str, Any] = {}
-        for name, value in flat.items():
-            outer, _, inner = name.partition(".")
-            if inner:
-                nested.setdefault(outer, {})[inner] = value
-            else:
-                nested[outer] = value
-        watched = method == "sqpmethod" and options.time_limit is not None
+            native = {**_IPOPT_WARM, **native}
+        if "qpsol" in of.options.native and "qpsol_options.daqp" not in of.options.native:
+            native.pop("qpsol_options.daqp", None)
+        watched = method == "sqpmethod" and of.options.time_limit is not None
         kind = _Nonlinear if method in _NLPSOL else _Conic
-        key = ("casadi", method, repr(sorted(flat.items())), watched)
+        key = ("casadi", method, repr(sorted(native.items())), watched)
         try:
-            return program.memo(key, lambda: kind(program, method, nested, watched))
+            return program.memo(key, lambda: kind(program, method, _nested(method, native), watched))
         except RuntimeError as error:  # OSQP does not say which
-            if not options.native:
+            if not of.options.native:
                 raise
-            names = ", ".join(map(repr, of.options.native))
+            names = " or ".join(map(repr, of.options.native))
+            last = str(error).splitlines()[-1]
             raise ProblemError(
-                f"{self.where(method)} does not accept the options {names}", got=str(error).splitlines()[-1]
+                f"{self.where(method)} does not accept the option {names}", got=last
             ) from error
 
 
@@ -221,7 +209,9 @@ class _Nonlinear:
         import casadi as ca
 
         functions, rows = program.functions, program.constraints
-        z, p, blocks = _symbols(program)
+        cuts = np.cumsum([0, *(block.size for block in program.parameters)]).tolist()
+        z, p = ca.MX.sym("z", program.variables.size), ca.MX.sym("p", cuts[-1])
+        blocks = ca.vertsplit(p, cuts) if len(cuts) > 1 else []
         y, sigma = ca.MX.sym("y", rows), ca.MX.sym("sigma")
 
         def inlined(function: Any, *more: Any) -> Any:
@@ -240,18 +230,16 @@ class _Nonlinear:
         if method == "ipopt":
             options["grad_f"] = function("grad_f", [f, gradient], ["f", "grad:f:x"])
             options["jac_g"] = function("jac_g", [c, jacobian], ["g", "jac:g:x"])
-            options["hess_lag"] = function(
-                "hess_l", [ca.triu(hessian)], ["triu:hess:gamma:x:x"], weights=True
-            )
+            upper = ca.triu(hessian)
+            options["hess_lag"] = function("hess_l", [upper], ["triu:hess:gamma:x:x"], weights=True)
         else:
             first = {"f": f, "grad:f:x": gradient, "g": c, "jac:g:x": jacobian}
             options["jac_fg"] = function("jac_fg", list(first.values()), list(first))
             options["hess_lag"] = function("hess_l", [hessian], ["hess:gamma:x:x"], weights=True)
         self._stopwatch = None
         if watched:
-            self._stopwatch = options["iteration_callback"] = _stopwatch(
-                [z.numel(), 1, rows, z.numel(), rows, p.numel()]
-            )
+            sizes = [z.numel(), 1, rows, z.numel(), rows, p.numel()]
+            self._stopwatch = options["iteration_callback"] = _stopwatch(sizes)
         self._solver = ca.nlpsol("solver", method, {"x": z, "p": p, "f": f, "g": c}, options)
         self._lock = threading.Lock()  # a solver's statistics are those of its last call
 
@@ -304,8 +292,7 @@ class _Conic:
         start = [instance.lower, instance.upper, instance.initial]
         arguments = [*instance.parameters, *start, *_forces(instance.warm_start, instance.program)]
         with self._lock:
-            found = self._solver.call([*self._data.call(arguments), np.zeros(0), np.zeros(0)])
-            x, _, lam_a, lam_x = found
+            x, _, lam_a, lam_x = self._solver.call([*self._data.call(arguments), np.zeros(0), np.zeros(0)])
             return [x, lam_a, lam_x], self._solver.stats()
 
     def solve_batch(self, batch: Batch) -> list[Array]:
@@ -329,15 +316,6 @@ def _residual(data: Mapping[str, Any], x: Any, lam_a: Any, lam_x: Any) -> Any:
     return ca.mmax(ca.vertcat(stationarity, -slack, ca.fmin(pushes, slack)))
 
 
-def _symbols(program: Program) -> tuple[Any, Any, list[Any]]:
-    """z, all parameters in one column, and its blocks."""
-    import casadi as ca
-
-    cuts = np.cumsum([0, *(block.size for block in program.parameters)]).tolist()
-    z, p = ca.MX.sym("z", program.variables.size), ca.MX.sym("p", cuts[-1])
-    return z, p, ca.vertsplit(p, cuts) if len(cuts) > 1 else []
-
-
 def _matrix(pattern: Any, nonzeros: Any) -> Any:
     import casadi as ca
 
@@ -347,10 +325,12 @@ def _matrix(pattern: Any, nonzeros: Any) -> Any:
 
 def _forces(warm: Point | None, program: Program) -> tuple[Array, Array]:
     """lam_x and lam_g of an earlier solve, zero where it has none."""
-    if warm is None or any(part is None for part in (warm.lower, warm.upper, warm.equality, warm.inequality)):
-        return np.zeros(program.variables.size), np.zeros(program.constraints)
-    lam_x: Any = np.subtract(warm.upper, warm.lower)  # type: ignore[arg-type]  # they are there
-    return lam_x, np.concatenate([warm.equality, warm.inequality])  # type: ignore[list-item]
+    lam_x, lam_g = np.zeros(program.variables.size), np.zeros(program.constraints)
+    if warm is not None and warm.lower is not None and warm.upper is not None:
+        lam_x = warm.upper - warm.lower
+    if warm is not None and warm.equality is not None and warm.inequality is not None:
+        lam_g = np.concatenate([warm.equality, warm.inequality])
+    return lam_x, lam_g
 
 
 def _silent(method: str) -> contextlib.AbstractContextManager[Any]:
@@ -381,17 +361,20 @@ def _stopwatch(sizes: Sequence[int]) -> Any:
     return Stopwatch()
 
 
-def _dotted(method: str, native: Mapping[str, Any]) -> dict[str, Any]:
-    """Native options, of which those of the solver behind the plugin go with or without its name before them."""
+def _nested(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """As CasADi wants them; those of the solver behind the plugin go with or without its name before them."""
     import casadi as ca
 
     own = ca.nlpsol_options(method) if method in _NLPSOL else ca.conic_options(method)
-    dotted: dict[str, Any] = {}
-    for name, value in native.items():
-        if name == method and isinstance(value, Mapping):  # as CasADi itself nests them
-            dotted |= {f"{method}.{inner}": v for inner, v in value.items()}
-        elif method in own and "." not in name and name not in own and name not in _NLP:
-            dotted[f"{method}.{name}"] = value
+    nested: dict[str, Any] = {}
+    for name, value in options.items():
+        outer, _, inner = name.partition(".")
+        if not inner and method in own and name not in own and name not in _NLP:
+            outer, inner = method, name
+        if inner:
+            nested.setdefault(outer, {})[inner] = value
+        elif isinstance(value, Mapping):
+            nested.setdefault(outer, {}).update(value)
         else:
-            dotted[name] = value
-    return dotted
+            nested[outer] = value
+    return nested
