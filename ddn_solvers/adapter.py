@@ -25,7 +25,6 @@ import re
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -40,6 +39,7 @@ from ddn_solvers.errors import (
     DDNError,
     FallbackWarning,
     ProblemError,
+    warn_caller,
 )
 from ddn_solvers.solution import Status
 
@@ -398,7 +398,7 @@ class Adapter(abc.ABC):
         points = [self.attempt(batch[i]) for i in range(len(batch))]
         fallback = next((point.fallback for point in points if point.fallback), "")
         if fallback:
-            warnings.warn(fallback, FallbackWarning, stacklevel=3)
+            warn_caller(fallback, FallbackWarning)
         return points
 
     def attempt(self, instance: Instance) -> Point:

@@ -135,7 +135,7 @@ class Search:
         except DDNError:
             raise
         except Exception:  # of some sample: ask one by one
-            points = [_isolated(route.adapter, batch, i) for i in range(len(batch))]
+            points = [route.adapter.attempt(batch[i]) for i in range(len(batch))]
         return [self._checked(point, z) for point, z in zip(points, initial, strict=True)]
 
     def _checked(self, point: Point, initial: Array) -> Point:
@@ -215,15 +215,6 @@ class Search:
             self.verified = verify(self.program, bound, best, self.policy, self.dtype, minimum=False)
         self.verified = replace(self.verified, status=tuple(self.status), reasons=tuple(self.reasons))
         return self.verified
-
-
-def _isolated(adapter: Adapter, batch: Batch, i: int) -> Point:
-    try:
-        return adapter.solve(batch[i])
-    except DDNError:
-        raise
-    except Exception as error:
-        return Point(batch.initial[i], Status.BACKEND_ERROR, message=f"{type(error).__name__}: {error}")
 
 
 def _verdict(point: Point, verified: Status, reason: str) -> tuple[Status, str]:

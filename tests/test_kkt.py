@@ -35,7 +35,9 @@ def test_system_solves_the_bordered_equations_of_mixed_active_sets(definite: boo
     for i in range(batch):
         rows, free = active[i], ~fixed[i]
         stationarity = hessian[i] @ step.x[i] + jacobian[i].T @ step.t[i] - a[i]
-        torch.testing.assert_close(stationarity[free], torch.zeros(int(free.sum()), dtype=D), atol=1e-9, rtol=0)
+        torch.testing.assert_close(
+            stationarity[free], torch.zeros(int(free.sum()), dtype=D), atol=1e-9, rtol=0
+        )
         torch.testing.assert_close(stationarity[fixed[i]], step.q[i][fixed[i]])
         torch.testing.assert_close((jacobian[i] @ step.x[i])[rows], b[i][rows], atol=1e-9, rtol=0)
         assert (step.t[i][~rows] == 0).all()
@@ -53,7 +55,9 @@ def test_singular_samples_do_not_touch_regular_ones() -> None:
     a, b = torch.randn(2, n, dtype=D), torch.randn(2, m, dtype=D)
     b[1, 2] = b[1, 1]
     step = system.solve(a, b, torch.zeros(2, n, dtype=D))
-    alone = System(hessian[:1], jacobian[:1], active[:1], fixed[:1]).solve(a[:1], b[:1], torch.zeros(1, n, dtype=D))
+    alone = System(hessian[:1], jacobian[:1], active[:1], fixed[:1]).solve(
+        a[:1], b[:1], torch.zeros(1, n, dtype=D)
+    )
     torch.testing.assert_close(step.x[:1], alone.x, rtol=1e-12, atol=1e-12)
     reduced = System(hessian[1:], jacobian[1:, :2], active[1:, :2], fixed[1:])
     unique = reduced.solve(a[1:], b[1:, :2], torch.zeros(1, n, dtype=D))
@@ -140,7 +144,9 @@ def test_proposition_4_5_and_corollary_4_9_linear_equalities() -> None:
     torch.testing.assert_close(found.jacobian("u", "x"), to_x, rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(found.jacobian("u", "d"), inverse @ a.T @ schur, rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(found.jacobian("equality.equality0", "d"), -schur, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(found.jacobian("equality.equality0", "x"), schur @ a @ inverse, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        found.jacobian("equality.equality0", "x"), schur @ a @ inverse, rtol=1e-9, atol=1e-9
+    )
 
 
 def test_corollary_4_7_single_constraint() -> None:

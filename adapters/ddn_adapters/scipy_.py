@@ -34,6 +34,7 @@ _ALL = frozenset(ProblemClass)
 _SMOOTH = frozenset({Feature.NONCONVEX, Feature.CALLBACKS, Feature.NONSMOOTH})
 _CONSTRAINED = frozenset({Feature.BOUNDS, Feature.EQUALITY, Feature.INEQUALITY})
 _VIOLATION = 1e-4  # trust-constr stops with status 2 at an infeasible stationary point, too
+_STUCK = 1e-6  # violation at which trust-constr starts again in a larger region
 _NO_DESCENT = 8  # how SLSQP ends when rounding is larger than ftol; a looser one tells whether it has arrived
 _CONFIRM = 1e-7
 _SPARSE_FROM = 200  # variables; below, trust-constr factorises dense Jacobians, rank-deficient ones too
@@ -188,17 +189,22 @@ def _trust_constr(instance: Instance, options: dict[str, Any]) -> tuple[Any, dic
         small = max(state.optimality, state.constr_violation) <= tolerance
         return bool(small and state.get("barrier_parameter", 0.0) <= barrier)
 
-    found = minimize(
-        objective.value,
-        instance.initial,
-        jac=objective.gradient,
-        hess=objective.hessian,
-        method="trust-constr",
-        bounds=Bounds(instance.lower, instance.upper, inside) if bounded else None,
-        constraints=constraints,
-        callback=finished,
-        options={**options, "gtol": 1e-300},
-    )
+    def run(options: dict[str, Any]) -> Any:
+        return minimize(
+            objective.value,
+            instance.initial,
+            jac=objective.gradient,
+            hess=objective.hessian,
+            method="trust-constr",
+            bounds=Bounds(instance.lower, instance.upper, inside) if bounded else None,
+            constraints=constraints,
+            callback=finished,
+            options={**options, "gtol": 1e-300},
+        )
+
+    found = run(options)
+    if found.constr_violation > _STUCK:  # the first trust region was too small to get round a corner
+        found = run({**options, "initial_tr_radius": 10.0})
     y = objective.unit * np.asarray(found.v[0]) if rows else np.zeros(0)
     forces = objective.unit * np.asarray(found.v[-1]) if bounded else np.zeros(n)
     return found, {"equality": y[:m], "inequality": y[m:], **bound_multipliers(forces)}
