@@ -81,6 +81,7 @@ class Operation:
                 verified.active.take(good),
                 verified.singular[good],
                 self.policy,
+                verified.system if len(good) == len(verified.status) else None,
             )
         return self._linearisation
 

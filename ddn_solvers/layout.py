@@ -68,6 +68,8 @@ class Layout:
     def split(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
         """(*batch, size) -> {name: (*batch, *shape)}."""
         batch = flat.shape[:-1]
+        if len(self.blocks) == 1:  # the usual case: no slice, which autograd would have to pad again
+            return {self.blocks[0].name: flat.reshape((*batch, *self.blocks[0].shape))}
         return {b.name: flat[..., b.start : b.stop].reshape((*batch, *b.shape)) for b in self.blocks}
 
     def element(self, flat_index: int) -> str:

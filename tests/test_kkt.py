@@ -65,6 +65,19 @@ def test_singular_samples_do_not_touch_regular_ones() -> None:
     torch.testing.assert_close(step.t[1, 1], step.t[1, 2])  # minimum norm shares the force equally
 
 
+@pytest.mark.parametrize("distance", [0.0, 1e-9, 1e-4, 10.0], ids=str)
+def test_a_factorization_serves_nearby_points_exactly(distance: float) -> None:
+    """Refined against the new matrix; too far away, factored anew."""
+    hessian, jacobian, active, fixed = random_system(20, 8, 3, 7)
+    other_hessian, other_jacobian, _, _ = random_system(20, 8, 3, 8)
+    hessian_there, jacobian_there = hessian + distance * other_hessian, jacobian + distance * other_jacobian
+    a, b, v = (torch.randn(3, k, dtype=D) for k in (20, 8, 20))
+    moved = System(hessian, jacobian, active, fixed).moved(hessian_there, jacobian_there).solve(a, b, v)
+    fresh = System(hessian_there, jacobian_there, active, fixed).solve(a, b, v)
+    for found, expected in zip(vars(moved).values(), vars(fresh).values(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
 def test_singularity_does_not_depend_on_the_objectives_unit(scale: float) -> None:
     hessian, jacobian, _, _ = random_system(10, 4, 1, 2)

@@ -79,13 +79,12 @@ def choices(
     sides: torch.Tensor, weak: torch.Tensor, m: int, n: int, policy: Policy
 ) -> list[tuple[float, Masks]]:
     """The active sets whose solutions are averaged: one, or two for ``weakly_active="mean"``."""
-    with_weak, without = _masks(sides, m, n), _masks(sides & ~weak, m, n)
-    return {
-        "active": [(1.0, with_weak)],
-        "raise": [(1.0, with_weak)],
-        "inactive": [(1.0, without)],
-        "mean": [(0.5, with_weak), (0.5, without)],
-    }[policy.weakly_active]
+    if policy.weakly_active in ("active", "raise"):
+        return [(1.0, _masks(sides, m, n))]
+    without = _masks(sides & ~weak, m, n)
+    if policy.weakly_active == "inactive":
+        return [(1.0, without)]
+    return [(0.5, _masks(sides, m, n)), (0.5, without)]
 
 
 def _masks(sides: torch.Tensor, m: int, n: int) -> Masks:
@@ -116,6 +115,7 @@ class Linearisation:
     active: ActiveSet
     singular: Mask
     policy: Policy
+    nearby: System | None = None  # factored near these points with this active set
 
     @cached_property
     def systems(self) -> list[tuple[float, Masks, System]]:
@@ -129,6 +129,10 @@ class Linearisation:
                 "singular": torch.from_numpy(self.singular),
                 "any_singular": bool(self.singular.any()),
             }
+            if self.nearby is not None:
+                hessian = torch.from_numpy(self.evaluation.hessian)
+                moved = self.nearby.moved(hessian, torch.from_numpy(self.evaluation.jacobian))
+                return [(weight, masks, moved) for weight, masks in choices(sides, weak, m, n, self.policy)]
         result = []
         for weight, masks in choices(sides, weak, m, n, self.policy):
             hessian = torch.from_numpy(self.evaluation.hessian)

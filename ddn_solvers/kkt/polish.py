@@ -35,12 +35,16 @@ class Polished:
             solution is no farther than that.
         singular: Where the KKT matrix is singular, (B,).
         condition: Its condition estimate, (B,).
+        system: The factored system of the whole batch at the points given.
+        working: Its active set.
     """
 
     evaluation: Evaluation
     predicted: Array
     singular: Mask
     condition: Array
+    system: System | None
+    working: ActiveSet
 
 
 def kkt_system(evaluation: Evaluation, active: ActiveSet, **options: Any) -> System:
@@ -62,12 +66,14 @@ def polish(program: Program, bound: Bound, start: PrimalDual, linear_solver: Any
     predicted, condition = np.full(batch, np.inf), np.full(batch, np.inf)
     singular = np.zeros(batch, dtype=bool)
     open_ = np.isfinite(best.scaled)
+    whole, first = None, working
     for _ in range(_MAX_STEPS):
         samples = np.flatnonzero(open_)
         if not samples.size:
             break
         here, active = best.take(samples), working.take(samples)
         system = kkt_system(here, active, linear_solver=linear_solver)
+        whole = system if whole is None and len(samples) == batch else whole
         tried, predicted[samples] = _newton_step(here, active, system)
         singular[samples], condition[samples] = system.singular.numpy(), system.condition.numpy()
         with np.errstate(invalid="ignore"):
@@ -77,7 +83,7 @@ def polish(program: Program, bound: Bound, start: PrimalDual, linear_solver: Any
         working = replace(working, sides=_put(working.sides, samples, corrected.sides, changed))
         best = _put_evaluation(best, samples, tried, better)
         open_[samples] = changed | (better & (predicted[samples] > _CONVERGED))
-    return Polished(best, predicted, singular, condition)
+    return Polished(best, predicted, singular, condition, whole, first)
 
 
 def _newton_step(here: Evaluation, active: ActiveSet, system: System) -> tuple[Evaluation, Array]:

@@ -18,6 +18,7 @@ x_j = v_j, so that samples with different active sets form one batch.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,9 @@ from ddn_solvers.kkt.linear import (
     condition,
     equilibrate,
 )
+
+_REFINEMENTS = 4
+_ROUNDING = 4e-15  # backward error |r| / (|b| + |K| |x|) at which a refined solution is taken
 
 
 @dataclass(frozen=True)
@@ -75,9 +79,9 @@ class System:
         proximal: float | None = None,
     ) -> None:
         self.hessian, self.jacobian, self.active, self.fixed = hessian, jacobian, active, fixed
-        matrix = _bordered(hessian, jacobian, active, fixed)
-        # One unit for all variables, H and the rows of A each brought to norm one.
-        self._units = _units(hessian, matrix)
+        kept = torch.cat([~fixed, active], dim=-1)
+        matrix = _bordered(hessian, jacobian, kept)
+        self._units = torch.where(kept, _units(hessian, jacobian), 1.0)
         self._scale = equilibrate(matrix, self._units)
         scaled = matrix * self._scale.unsqueeze(-1) * self._scale.unsqueeze(-2)
         self._solver = _solver(linear_solver, transformed)
@@ -86,7 +90,7 @@ class System:
             self.condition = condition(self._solver, self._state, scaled)
             singular = self.condition > SINGULAR
             any_singular = bool(singular.any())
-        self.singular, self._repair = singular, any_singular
+        self.singular, self._repair, self._moved = singular, any_singular, False
         if any_singular:
             self._prepare_singular(matrix, scaled, proximal)
 
@@ -107,6 +111,12 @@ class System:
             torch.where(pick, matrix * scale.unsqueeze(-1) * scale.unsqueeze(-2), identity)
         )
 
+    def moved(self, hessian: torch.Tensor, jacobian: torch.Tensor) -> System:
+        """The system of a nearby point with the same active set: this factorization, refined (regular only)."""
+        nearby = copy.copy(self)
+        nearby.hessian, nearby.jacobian, nearby._moved = hessian, jacobian, True
+        return nearby
+
     def solve(self, a: torch.Tensor, b: torch.Tensor, v: torch.Tensor) -> Step:
         """Solve for one right-hand side a batch member; entries of b on inactive rows are ignored.
 
@@ -119,14 +129,37 @@ class System:
         rhs = torch.cat(
             [torch.where(self.fixed, 0.0, moved_a), torch.where(self.active, moved_b, 0.0)], dim=-1
         )
-        solution = self._scale * self._solver.compute(self._state, self._scale * rhs)
-        if self._repair:
-            least = self._units * self._fallback.compute(self._fallback_state, self._units * rhs)
-            solution = torch.where(self.singular.unsqueeze(-1), least, solution)
+        solution = self._refined(rhs) if self._moved else self._factored(rhs)
         n = a.shape[-1]
         x, t = torch.where(self.fixed, v, solution[..., :n]), solution[..., n:]
         q = _times(self.hessian, x) + _times(self.jacobian.transpose(-1, -2), t) - a
         return Step(x, t, torch.where(self.fixed, q, 0.0))
+
+    def _factored(self, rhs: torch.Tensor) -> torch.Tensor:
+        solution = self._scale * self._solver.compute(self._state, self._scale * rhs)
+        if self._repair:
+            least = self._units * self._fallback.compute(self._fallback_state, self._units * rhs)
+            solution = torch.where(self.singular.unsqueeze(-1), least, solution)
+        return solution
+
+    def _refined(self, rhs: torch.Tensor) -> torch.Tensor:
+        """Iterative refinement against the matrix of the point moved to; factored anew if it is too far."""
+        solution, scale = self._factored(rhs), self._scale
+        for _ in range(_REFINEMENTS):
+            residual = rhs - self._product(solution)
+            # In equilibrated units, where |K| is about one: else small rows would go unnoticed.
+            size = (scale * rhs).abs() + (solution / scale).abs()
+            if bool(((scale * residual).abs() <= _ROUNDING * size.amax(-1, keepdim=True)).all()):
+                return solution
+            solution = solution + self._factored(residual)
+        return System(self.hessian, self.jacobian, self.active, self.fixed)._factored(rhs)
+
+    def _product(self, solution: torch.Tensor) -> torch.Tensor:
+        n = self.hessian.shape[-1]
+        x, t = solution[..., :n], solution[..., n:]
+        top = _times(self.hessian, x) + _times(self.jacobian.transpose(-1, -2), t)
+        rows = torch.where(self.active, _times(self.jacobian, x), t)
+        return torch.cat([torch.where(self.fixed, x, top), rows], dim=-1)
 
 
 def _solver(choice: Any, transformed: bool) -> LinearSolver:
@@ -137,26 +170,22 @@ def _solver(choice: Any, transformed: bool) -> LinearSolver:
     return {"sparse": SparseLU, "iterative": Iterative}.get(choice, DenseLU)()
 
 
-def _bordered(
-    hessian: torch.Tensor, jacobian: torch.Tensor, active: torch.Tensor, fixed: torch.Tensor
-) -> torch.Tensor:
-    free = ~fixed
-    block = torch.where(free.unsqueeze(-1) & free.unsqueeze(-2), hessian, 0.0)
-    block = block + torch.diag_embed(fixed.to(hessian.dtype))
-    border = torch.where(active.unsqueeze(-1) & free.unsqueeze(-2), jacobian, 0.0)
-    corner = torch.diag_embed((~active).to(hessian.dtype))
-    top = torch.cat([block, border.transpose(-1, -2)], dim=-1)
-    bottom = torch.cat([border, corner], dim=-1)
-    return torch.cat([top, bottom], dim=-2)
+def _bordered(hessian: torch.Tensor, jacobian: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """The matrix with rows and columns of the identity in place of what is not ``kept``, (B, n + m)."""
+    corner = jacobian.new_zeros((*jacobian.shape[:-1], jacobian.shape[-2]))
+    top = torch.cat([hessian, jacobian.transpose(-1, -2)], dim=-1)
+    whole = torch.cat([top, torch.cat([jacobian, corner], dim=-1)], dim=-2)
+    masked = torch.where(kept.unsqueeze(-1) & kept.unsqueeze(-2), whole, 0.0)
+    return masked + torch.diag_embed((~kept).to(whole.dtype))
 
 
-def _units(hessian: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    n = hessian.shape[-1]
-    curvature = hessian.detach().abs().flatten(-2).amax(-1, keepdim=True)
+def _units(hessian: torch.Tensor, jacobian: torch.Tensor) -> torch.Tensor:
+    """One unit for all variables such that H has norm one, and one a row such that it has, (B, n + m)."""
+    curvature = hessian.detach().abs().amax((-2, -1)).unsqueeze(-1)
     unit = torch.where(curvature > 0, curvature, 1.0).rsqrt()  # (B, 1)
-    rows = matrix.detach()[..., n:, :n].norm(dim=-1)
-    border = torch.where(rows > 0, 1 / (unit * rows), 1.0)
-    return torch.cat([unit.expand(*unit.shape[:-1], n), border], dim=-1)
+    rows = torch.linalg.vector_norm(jacobian.detach(), dim=-1)
+    border = torch.where(rows > 0, rows * unit, 1.0).reciprocal()
+    return torch.cat([unit.expand((*unit.shape[:-1], hessian.shape[-1])), border], dim=-1)
 
 
 def _times(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:

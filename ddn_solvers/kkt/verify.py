@@ -17,6 +17,7 @@ from ddn_solvers.active_set import ActiveSet, identify
 from ddn_solvers.arrays import Array, Mask
 from ddn_solvers.kkt.curvature import curvature, surely_minimal
 from ddn_solvers.kkt.polish import polish
+from ddn_solvers.kkt.system import System
 from ddn_solvers.policy import Policy
 from ddn_solvers.program import Kink, Program
 from ddn_solvers.residuals import Bound, Evaluation, PrimalDual
@@ -37,6 +38,7 @@ class Verified:
         condition: Its condition estimate, (B,).
         status: OPTIMAL, NOT_A_KKT_POINT, NOT_A_MINIMUM or NUMERICAL_ERROR, one a sample.
         reasons: What is wrong with each sample; empty for good ones.
+        system: A factored system near these points with this active set, if there is one for the batch.
     """
 
     evaluation: Evaluation
@@ -45,6 +47,7 @@ class Verified:
     condition: Array
     status: tuple[Status, ...]
     reasons: tuple[str, ...]
+    system: System | None = None
 
     @property
     def optimal(self) -> Mask:
@@ -78,6 +81,8 @@ def verify(
         bent = np.zeros(len(start.z), dtype=bool)
         if minimum and program.may_be_nonconvex and not surely_minimal(evaluation, active):
             bent = curvature(evaluation, active).negative
+    reusable = not singular.any() and np.array_equal(polished.working.sides, active.sides)
+    system = polished.system if reusable else None
     status, reasons = [], []
     for i in range(len(start.z)):
         numbers = {
@@ -90,7 +95,7 @@ def verify(
         )
         status.append(verdict)
         reasons.append(reason)
-    return Verified(evaluation, active, singular, polished.condition, tuple(status), tuple(reasons))
+    return Verified(evaluation, active, singular, polished.condition, tuple(status), tuple(reasons), system)
 
 
 def _judge(
