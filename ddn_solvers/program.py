@@ -22,7 +22,8 @@ from ddn_solvers.captures import Overrides
 from ddn_solvers.layout import Block, Layout
 from ddn_solvers.lowering.pattern import Pattern
 from ddn_solvers.problem import Problem
-from ddn_solvers.trace import Graph, Substitution, dependent_nodes, evaluate, operation_name, trace
+from ddn_solvers.terms import Substitution, evaluate
+from ddn_solvers.trace import Graph, dependent_nodes, operation_name, trace
 
 if TYPE_CHECKING:
     from ddn_solvers.lowering.callbacks import CallbackFunctions
