@@ -81,6 +81,7 @@ class System:
         self.hessian, self.jacobian, self.active, self.fixed = hessian, jacobian, active, fixed
         kept = torch.cat([~fixed, active], dim=-1)
         matrix = _bordered(hessian, jacobian, kept)
+        self._any_fixed = transformed or bool(fixed.any())
         self._units = torch.where(kept, _units(hessian, jacobian), 1.0)
         self._scale = equilibrate(matrix, self._units)
         scaled = matrix * self._scale.unsqueeze(-1) * self._scale.unsqueeze(-2)
@@ -123,14 +124,17 @@ class System:
         Args:
             a: (B, n). b: (B, m). v: (B, n), used where a variable is fixed.
         """
+        n, solve = a.shape[-1], self._refined if self._moved else self._factored
+        if not self._any_fixed:
+            solution = solve(torch.cat([a, torch.where(self.active, b, 0.0)], dim=-1))
+            return Step(solution[..., :n], solution[..., n:], torch.zeros_like(a))
         v = torch.where(self.fixed, v, 0.0)
         moved_a = a - _times(self.hessian, v)
         moved_b = b - _times(self.jacobian, v)
         rhs = torch.cat(
             [torch.where(self.fixed, 0.0, moved_a), torch.where(self.active, moved_b, 0.0)], dim=-1
         )
-        solution = self._refined(rhs) if self._moved else self._factored(rhs)
-        n = a.shape[-1]
+        solution = solve(rhs)
         x, t = torch.where(self.fixed, v, solution[..., :n]), solution[..., n:]
         q = _times(self.hessian, x) + _times(self.jacobian.transpose(-1, -2), t) - a
         return Step(x, t, torch.where(self.fixed, q, 0.0))
@@ -159,7 +163,7 @@ class System:
         x, t = solution[..., :n], solution[..., n:]
         top = _times(self.hessian, x) + _times(self.jacobian.transpose(-1, -2), t)
         rows = torch.where(self.active, _times(self.jacobian, x), t)
-        return torch.cat([torch.where(self.fixed, x, top), rows], dim=-1)
+        return torch.cat([torch.where(self.fixed, x, top) if self._any_fixed else top, rows], dim=-1)
 
 
 def _solver(choice: Any, transformed: bool) -> LinearSolver:
