@@ -176,7 +176,11 @@ def _static_index(index: Any) -> Any:
     static: list[Any] = []
     for part in parts:
         mask = isinstance(part, torch.Tensor) and part.dtype == torch.bool and not _is_symbolic(part)
-        static.extend(part.nonzero(as_tuple=True) if mask and part.dim() else [part])
+        if mask and part.dim():
+            with _disable_current_modes():  # a trace does not know how many there are
+                static.extend(part.nonzero(as_tuple=True))
+        else:
+            static.append(part)
     return tuple(static)
 
 
