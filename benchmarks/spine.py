@@ -56,7 +56,7 @@ def median_ms(function: Callable[[], Any], repeats: int, prepare: Callable[[], A
     for _ in range(repeats + 2):
         prepared = prepare()
         started = time.perf_counter()
-        function() if prepared is None else function(prepared)  # type: ignore[call-arg]
+        function() if prepared is None else function(prepared)  # type: ignore[call-arg]  # the two forms of a timed function
         times.append(1e3 * (time.perf_counter() - started))
     return statistics.median(times[2:])
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ddn_solvers.arrays import Array, Index, Mask
+from ddn_solvers.arrays import Array, Index
 from ddn_solvers.errors import DegeneracyWarning, SensitivityError, warn_caller
 from ddn_solvers.kkt.derivative import Cotangents, Linearisation, Multipliers, TorchLinearisation, scale_rows
 from ddn_solvers.kkt.verify import Verified
@@ -51,8 +51,6 @@ class Operation:
         policy: For degenerate derivatives.
         find: Parameter blocks, (B, size) or shared (size,), to outputs.
         verified: Set by ``find``: what was established about the points it returned.
-        degenerate: Set by ``find``: some sample is singular.
-        one_sided: Set by ``find``: some sample has weakly active constraints.
         failed: Set by ``find``: some sample has no derivative (masked or NaN).
     """
 
@@ -60,22 +58,18 @@ class Operation:
     policy: Policy
     find: Callable[[tuple[Array, ...]], Outputs]
     verified: Verified | None = None
-    degenerate: bool = False
-    one_sided: bool = False
     failed: bool = False
     _linearisation: Linearisation | None = None
 
-    def note(self, verified: Verified, converged: Mask) -> None:
-        """Remember what the policy will want to know about the derivative."""
-        self.verified, self._linearisation = verified, None
-        self.degenerate = bool((verified.singular & converged).any())
-        self.one_sided = bool((verified.active.weak.any(axis=1) & converged).any())
+    def established(self) -> Verified:
+        """``verified``, once ``find`` has run."""
+        assert self.verified is not None
+        return self.verified
 
     def linearisation(self, good: Index) -> Linearisation:
         """The KKT systems of the samples ``good`` of the batch that ``find`` returned, factored once."""
-        assert self.verified is not None
         if self._linearisation is None:
-            verified = self.verified
+            verified = self.established()
             self._linearisation = Linearisation(
                 verified.evaluation.take(good),
                 verified.active.take(good),
@@ -86,8 +80,8 @@ class Operation:
         return self._linearisation
 
 
-def check_derivative(policy: Policy, degenerate: bool, one_sided: bool) -> None:
-    """Apply the policy to a derivative that is about to be computed.
+def check_derivative(policy: Policy, verified: Verified) -> None:
+    """Apply the policy to a derivative that is about to be computed at verified points.
 
     Raises:
         SensitivityError: The policy refuses it.
@@ -96,17 +90,17 @@ def check_derivative(policy: Policy, degenerate: bool, one_sided: bool) -> None:
         raise SensitivityError(
             "policy.smoothing is not available in this version; set it to 0 for the exact derivative"
         )
-    if one_sided and policy.weakly_active == "raise":
+    if verified.one_sided and policy.weakly_active == "raise":
         raise SensitivityError(
             "a constraint is weakly active (neither slack nor multiplier), so the derivative is one-sided. "
             "See solution.certificate, or choose policy.weakly_active."
         )
-    if degenerate and policy.on_singular == "raise":
+    if verified.degenerate and policy.on_singular == "raise":
         raise SensitivityError(
             "the KKT matrix is singular, so the derivative is not unique. "
             "See solution.certificate, or choose policy.on_singular."
         )
-    if degenerate and policy.on_singular == "least_squares":
+    if verified.degenerate and policy.on_singular == "least_squares":
         warn_caller(
             "the KKT matrix is singular at the solution of some sample: the minimum-norm derivative is "
             "returned. solution.certificate says more; policy.on_singular chooses.",
@@ -114,9 +108,10 @@ def check_derivative(policy: Policy, degenerate: bool, one_sided: bool) -> None:
         )
 
 
-def outputs_of(operation: Operation, verified: Verified, converged: Mask, on_failure: str) -> Outputs:
-    """A verified batch as the operation's outputs; failed samples as ``on_failure`` says."""
-    operation.note(verified, converged)
+def outputs_of(operation: Operation, verified: Verified) -> Outputs:
+    """A verified batch as the operation's outputs; failed samples as ``policy.on_failure`` says."""
+    operation.verified = verified
+    converged, on_failure = verified.optimal, operation.policy.on_failure
     evaluation, active = verified.evaluation, verified.active
     point = evaluation.point
     arrays = [a.copy() for a in (point.z, point.y, point.lower, point.upper, evaluation.first.objective)]
@@ -136,7 +131,7 @@ def outputs_of(operation: Operation, verified: Verified, converged: Mask, on_fai
 
 def apply(operation: Operation, blocks: Sequence[torch.Tensor]) -> Outputs:
     """Run the operation on float64 CPU blocks, (B, size) or shared (size,)."""
-    return Outputs(*_Implicit.apply(operation, *blocks))  # type: ignore[no-untyped-call]
+    return Outputs(*_Implicit.apply(operation, *blocks))  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
 
 class _Implicit(torch.autograd.Function):
@@ -160,7 +155,7 @@ class _Implicit(torch.autograd.Function):
         blocks, outputs = saved[: ctx.blocks], Outputs(*saved[ctx.blocks :])
         if all(c is None for c in cotangents[:_DIFFERENTIABLE]):
             return (None,) * (1 + ctx.blocks)
-        check_derivative(operation.policy, operation.degenerate, operation.one_sided)
+        check_derivative(operation.policy, operation.established())
         v = Cotangents(
             *(
                 torch.zeros_like(output) if c is None else c.to(output.dtype)
@@ -178,7 +173,7 @@ class _Implicit(torch.autograd.Function):
         operation: Operation = ctx.operation
         saved = ctx.saved_tensors  # once: checkpointing unpacks them one time
         blocks, outputs = saved[: ctx.blocks], Outputs(*saved[ctx.blocks :])
-        check_derivative(operation.policy, operation.degenerate, operation.one_sided)
+        check_derivative(operation.policy, operation.established())
         _refuse_nested_forward_mode()
         full = [torch.zeros_like(b) if t is None else t for t, b in zip(tangents, blocks, strict=True)]
         changes = _torch_linearisation(operation, blocks, outputs).jvp(full)
@@ -194,7 +189,7 @@ class _Implicit(torch.autograd.Function):
             (b.shape[-2] for b, d in zip(moved, mapped, strict=True) if b.dim() - d == 2), default=None
         )
         flat = [_flatten(b, d, size, inner) for b, d in zip(moved, mapped, strict=True)]
-        outputs = _Implicit.apply(operation, *flat)  # type: ignore[no-untyped-call]
+        outputs = _Implicit.apply(operation, *flat)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         batch = 1 if inner is None else inner
         return tuple(o.reshape(size, batch, *o.shape[1:]) for o in outputs), (0,) * len(outputs)
 
@@ -272,7 +267,7 @@ def _torch_linearisation(
         outputs.sides,
         outputs.weak,
         outputs.singular,
-        operation.degenerate,
+        bool(operation.established().singular.any()),
         operation.policy,
     )
 

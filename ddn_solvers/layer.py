@@ -145,7 +145,7 @@ class DeclarativeLayer(torch.nn.Module):
         return {k: v for k, v in self.__dict__.items() if k not in ("_previous", "_origins")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({**state, "_previous": None, "_origins": {}})  # type: ignore[no-untyped-call]
+        super().__setstate__({**state, "_previous": None, "_origins": {}})  # type: ignore[no-untyped-call]  # torch leaves it untyped
         for accessor in compile_program(self.problem).graph.seen.inputs:
             if accessor.anchor is not None:
                 self._origins[accessor.anchor] = _Origin(accessor, accessor.read_anchor())

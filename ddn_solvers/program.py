@@ -271,7 +271,7 @@ class Program:
         from ddn_solvers.lowering.kernel import Kernel
 
         key = ("nodes", *(node.name for node in nodes))
-        kernel = self.memo(key, lambda: Kernel(self._functions.nodes(nodes)))  # type: ignore[union-attr]
+        kernel = self.memo(key, lambda: Kernel(self._functions.nodes(nodes)))  # type: ignore[union-attr]  # only where there is a graph
         return kernel(*parameters)
 
     def evaluate(self, z: torch.Tensor, parameters: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -348,5 +348,5 @@ def _is_sum_of_squares(module: fx.GraphModule, variables: int) -> bool:
             return bool(constants) and positive and all(squared(a) for a in node.args)
         return name in _LINEAR_IN_SQUARES and all(squared(a) for a in node.all_input_nodes)
 
-    output = module.graph.output_node().args[0][0]  # type: ignore[index]
+    output = module.graph.output_node().args[0][0]  # type: ignore[index]  # only where there is a graph
     return isinstance(output, fx.Node) and output in on_variables and squared(output)

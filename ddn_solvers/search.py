@@ -22,8 +22,6 @@ from ddn_solvers.solution import Status
 
 # Statuses about which a look at the constraints says more, or says that a backend was wrong.
 _UNEXPLAINED = (Status.NUMERICAL_ERROR, Status.NOT_A_KKT_POINT, Status.BACKEND_ERROR, Status.INFEASIBLE)
-# Slack, relative, within which a constraint may be active when a backend gives no multipliers.
-_NEARLY_ACTIVE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -181,7 +179,7 @@ class Search:
             return
         part = bound.take(failed)
         z = np.stack([nearest_feasible(self.program, bound.take([i]), best.z[i]) for i in failed])
-        start = least_squares_multipliers(self.program, part, z, _NEARLY_ACTIVE)
+        start = least_squares_multipliers(self.program, part, z)
         verified = verify(self.program, part, start, self.policy, self.dtype)
         for k in np.flatnonzero(verified.optimal):
             best.put(int(failed[k]), verified.evaluation.point, int(k))
@@ -206,8 +204,7 @@ class Search:
 
     def _outputs(self, bound: Bound, best: PrimalDual) -> Outputs:
         assert self.operation is not None
-        converged = np.array([status is Status.OPTIMAL for status in self.status], dtype=bool)
-        return outputs_of(self.operation, self._whole(bound, best), converged, self.policy.on_failure)
+        return outputs_of(self.operation, self._whole(bound, best))
 
     def _whole(self, bound: Bound, best: PrimalDual) -> Verified:
         """One ``Verified`` for the batch: that of a single route as it is, pieces put together again."""
@@ -239,7 +236,7 @@ def _with_multipliers(program: Program, bound: Bound, points: list[Point]) -> Pr
         if multipliers is not None:
             y[i], lower[i], upper[i] = multipliers
     if missing.any():
-        found = least_squares_multipliers(program, bound.take(missing), z[missing], _NEARLY_ACTIVE)
+        found = least_squares_multipliers(program, bound.take(missing), z[missing])
         y[missing], lower[missing], upper[missing] = found.y, found.lower, found.upper
     return PrimalDual(z, y, lower, upper)
 

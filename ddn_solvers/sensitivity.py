@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -33,8 +33,6 @@ from ddn_solvers.program import Program, compile_program
 from ddn_solvers.residuals import Bound, PrimalDual
 from ddn_solvers.solution import DualSolution, Solution, Stats, Status
 
-# Slack, relative, within which a constraint may be active at a point given without multipliers.
-_NEARLY_ACTIVE = 1e-5
 # The given point may be this many times ``accuracy`` away from its polish.
 _DISTANCE = 10.0
 
@@ -210,12 +208,7 @@ class Sensitivity:
         return self.binding.give_back(stacked, *shape, *parameter)
 
     def _linearisation(self) -> Linearisation:
-        verified: Verified = self.found.verified
-        singular, weak = (
-            verified.singular & verified.optimal,
-            verified.active.weak.any(axis=1) & verified.optimal,
-        )
-        check_derivative(self.policy, bool(singular.any()), bool(weak.any()))
+        check_derivative(self.policy, self.found.verified)
         return self._factored
 
     @cached_property
@@ -307,7 +300,7 @@ class _Found:
         lower, upper = (np.broadcast_to(s, z.shape).copy() for s in program.bounds(blocks))
         bound = Bound(blocks, lower, upper)
         if self.dual is None:
-            start = least_squares_multipliers(program, bound, z, _NEARLY_ACTIVE)
+            start = least_squares_multipliers(program, bound, z)
         else:
             start = _with_dual(program, z, self.dual)
         verified = verify(program, bound, start, self.policy, self.dtype, minimum=False)
@@ -317,14 +310,7 @@ class _Found:
         for i in np.flatnonzero(far & verified.optimal):
             status[i] = Status.NOT_A_KKT_POINT
             reasons[i] = f"the nearest KKT point is {moved[i]:.1e} away"
-        self.verified = Verified(
-            verified.evaluation,
-            verified.active,
-            verified.singular,
-            verified.condition,
-            tuple(status),
-            tuple(reasons),
-        )
+        self.verified = replace(verified, status=tuple(status), reasons=tuple(reasons))
         self.distance = moved
         return self.verified
 
@@ -338,7 +324,7 @@ class _Found:
 
     def outputs(self, blocks: tuple[Array, ...], operation: Operation) -> Outputs:
         verified = self.examine(blocks)
-        return outputs_of(operation, verified, verified.optimal, self.policy.on_failure)
+        return outputs_of(operation, verified)
 
 
 def _given(

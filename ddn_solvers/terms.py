@@ -238,7 +238,7 @@ def user_line() -> str:
         filename = frame.f_code.co_filename
         if not filename.startswith((_TORCH_FOLDER, *_TRACING, "<")) and "contextlib" not in filename:
             return _quote(filename, frame.f_lineno)
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back  # type: ignore[assignment]  # None ends the loop
     return ""
 
 

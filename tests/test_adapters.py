@@ -62,7 +62,7 @@ class Flipped(Adapter):
 
     def __init__(self, inner: Adapter, field: str) -> None:
         self.inner, self.field = inner, field
-        self.capabilities = inner.capabilities  # type: ignore[misc]
+        self.capabilities = inner.capabilities  # type: ignore[misc]  # an instance of its own
 
     def solve(self, instance: Instance) -> Point:
         point = self.inner.solve(instance)

@@ -447,7 +447,7 @@ def test_tied_weights_get_the_sum_of_their_gradients():
     problem = ddn.Problem(
         {"u": (3,)}, {"x": (3,)}, lambda u, x: (u - net["a"](x)).square().sum() + net["b"](u).square().sum()
     )
-    loss = lambda: ddn.solve(problem, {"x": X}, solver="scipy:SLSQP")["u"].sum()  # noqa: E731
+    loss = lambda: ddn.solve(problem, {"x": X}, solver="scipy:SLSQP")["u"].sum()  # noqa: E731  # read once, below
     loss().backward()
     assert torch.allclose(net["a"].weight.grad, central(loss, net["a"].weight), rtol=0, atol=1e-8)
 
@@ -469,7 +469,7 @@ def test_parametrised_modules_get_gradients():
     problem = ddn.Problem(
         {"u": (3,)}, {"x": (3,)}, lambda u, x: (u - net(x)).square().sum() + net(u).square().sum()
     )
-    loss = lambda: ddn.solve(problem, {"x": X}, solver="scipy:SLSQP")["u"].sum()  # noqa: E731
+    loss = lambda: ddn.solve(problem, {"x": X}, solver="scipy:SLSQP")["u"].sum()  # noqa: E731  # read once, below
     loss().backward()
     for name, weight in net.named_parameters():
         assert torch.allclose(weight.grad, central(loss, weight), rtol=0, atol=1e-8), name

@@ -229,3 +229,19 @@ def test_points_perturbed_by_1e_6_give_the_exact_gradient(seed: int) -> None:
     found = ddn.sensitivity(problem, p, moved).vjp({"u": weights})
     for name, gradient in zip(p, exact, strict=True):
         torch.testing.assert_close(found[name], gradient, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_singular_system_has_the_same_derivative_in_both_backward_passes(create_graph: bool) -> None:
+    """The differentiable one inverted the exactly singular matrix before it was repaired, and raised."""
+    problem = ddn.Problem(
+        variables={"u": (3,)},
+        parameters={"x": (3,)},
+        objective=lambda u, x: (u[0] - x[0]).square(),  # u[2] is free
+        equality=[lambda u, x: u[1] - x[1], lambda u, x: 2 * u[1] - 2 * x[1]],  # the same twice
+    )
+    x = torch.tensor([1.0, 2.0, 3.0], dtype=D, requires_grad=True)
+    solution = ddn.solve(problem, {"x": x}, solver="scipy:SLSQP")
+    with pytest.warns(ddn.DegeneracyWarning):
+        (gradient,) = torch.autograd.grad(solution["u"].sum(), x, create_graph=create_graph)
+    torch.testing.assert_close(gradient, torch.tensor([1.0, 1.0, 0.0], dtype=D))

@@ -14,13 +14,15 @@ from ddn_solvers.arrays import Array
 from ddn_solvers.program import Program
 from ddn_solvers.residuals import Bound, Evaluation, PrimalDual
 
+_NEARLY_ACTIVE = 1e-5  # scaled slack within which a constraint may be active
 
-def least_squares_multipliers(program: Program, bound: Bound, z: Array, tolerance: float) -> PrimalDual:
-    """Multipliers of a batch of points; constraints with scaled slack beyond ``tolerance`` get zero."""
+
+def least_squares_multipliers(program: Program, bound: Bound, z: Array) -> PrimalDual:
+    """Multipliers of a batch of points; those of constraints with slack get zero."""
     batch, n = z.shape
     zero = PrimalDual(z, np.zeros((batch, program.constraints)), np.zeros_like(z), np.zeros_like(z))
     evaluation = Evaluation.at(program, bound, zero)
-    near = evaluation.scaled_slack <= tolerance
+    near = evaluation.scaled_slack <= _NEARLY_ACTIVE
     for i in range(batch):
         equalities, q = program.equality.size, program.inequality.size
         free = np.arange(equalities)

@@ -86,7 +86,8 @@ class System:
         self._scale = equilibrate(matrix, self._units)
         scaled = matrix * self._scale.unsqueeze(-1) * self._scale.unsqueeze(-2)
         self._solver = _solver(linear_solver, transformed)
-        self._state = self._solver.init(scaled)
+        if singular is None or not any_singular:
+            self._state = self._solver.init(scaled)
         if singular is None:
             self.condition = condition(self._solver, self._state, scaled)
             singular = self.condition > SINGULAR

@@ -50,6 +50,16 @@ class Verified:
     system: System | None = None
 
     @property
+    def degenerate(self) -> bool:
+        """Whether a sample that is solved has a singular KKT matrix."""
+        return bool((self.singular & self.optimal).any())
+
+    @property
+    def one_sided(self) -> bool:
+        """Whether a sample that is solved has a weakly active constraint."""
+        return bool((self.active.weak.any(axis=1) & self.optimal).any())
+
+    @property
     def optimal(self) -> Mask:
         return np.array([status is Status.OPTIMAL for status in self.status], dtype=bool)
 

@@ -163,12 +163,6 @@ def evaluate(
     return [tensors[node].detach().to(torch.float64).numpy() for node in nodes]
 
 
-def operations_of(module: fx.GraphModule, output: int) -> set[str]:
-    """Names of the operations that one output goes through."""
-    nodes = _ancestors([_results(module)[output]])
-    return {operation_name_of(node.target) for node in nodes if node.op == "call_function"}
-
-
 _CONSTANT, _PARAMETER, _VARIABLE = range(3)
 
 
@@ -305,7 +299,7 @@ class Lowering:
             raise Refusal("is a quadratic form whose matrix hangs on parameters; convex only if semidefinite")
         reason = ""
         for sign, transform in ((1, "factor"), (-1, "factor of minus")):
-            value = tensor.expression.value if tensor.node is None else self.values[tensor.node]  # type: ignore[index]
+            value = tensor.expression.value if tensor.node is None else self.values[tensor.node]  # type: ignore[index]  # fx types arguments loosely
             try:
                 _transformed(transform, value, tensor.shape)
             except ValueError as error:
@@ -355,10 +349,10 @@ class Lowering:
             if node.op == "get_attr":
                 result = getattr(self.module, str(node.target))
             elif operation_name_of(node.target) in _SHAPE_ONLY:
-                result = _shape_only(node.target, _shape(node.args[0]), node.args, node.kwargs)  # type: ignore[arg-type]
+                result = _shape_only(node.target, _shape(node.args[0]), node.args, node.kwargs)  # type: ignore[arg-type]  # fx types arguments loosely
             else:
                 args, kwargs = pytree.tree_map_only(fx.Node, self._constant, (node.args, node.kwargs))
-                result = node.target(*args, **kwargs)  # type: ignore[operator]
+                result = node.target(*args, **kwargs)  # type: ignore[operator]  # fx types arguments loosely
             self._constants[node] = result
         return self._constants[node]
 

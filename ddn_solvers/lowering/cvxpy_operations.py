@@ -832,7 +832,7 @@ def _dims(node: fx.Node) -> tuple[Dims, bool]:
     """``dim`` and ``keepdim`` of a node of a reduction."""
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
     keepdim = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
-    return dim, bool(keepdim)  # type: ignore[return-value]
+    return dim, bool(keepdim)  # type: ignore[return-value]  # fx types arguments loosely
 
 
 @rewrite("sum", "mean")
@@ -850,10 +850,10 @@ def _root_of_squares(context: Context, node: fx.Node) -> Tensor | None:
     summed = node.args[0]
     if not _is(summed, "sum", "mean") or (operation_name(node) == "pow" and node.args[1] != 0.5):
         return None
-    inner = _squared(summed.args[0])  # type: ignore[union-attr]
+    inner = _squared(summed.args[0])  # type: ignore[union-attr]  # fx types arguments loosely
     if inner is None:
         return None
-    x, (dim, keepdim) = context.value(inner), _dims(summed)  # type: ignore[arg-type]
+    x, (dim, keepdim) = context.value(inner), _dims(summed)  # type: ignore[arg-type]  # fx types arguments loosely
     result = norm(context, x, 2, dim, keepdim)
     scale = math.sqrt(result.size / x.size) if _is(summed, "mean") else 1
     return make(scale * result.expression, result.shape)
@@ -873,12 +873,12 @@ def _entropy(context: Context, node: fx.Node) -> Tensor | None:
         x, y = (x, y) if _is(y, "log") else (y, x)
         if not _is(y, "log"):
             return None
-        y = y.args[0]  # type: ignore[union-attr]
+        y = y.args[0]  # type: ignore[union-attr]  # fx types arguments loosely
     if _same_value(x, y):
         x = context.value(x)
         return make(-cp.entr(x.expression), x.shape)
-    if _is(y, "div") and _same_value(y.args[0], x):  # type: ignore[union-attr]
-        (left, right), shape = broadcast(context.value(x), context.value(y.args[1]))  # type: ignore[union-attr]
+    if _is(y, "div") and _same_value(y.args[0], x):  # type: ignore[union-attr]  # fx types arguments loosely
+        (left, right), shape = broadcast(context.value(x), context.value(y.args[1]))  # type: ignore[union-attr]  # fx types arguments loosely
         return make(cp.rel_entr(left, right), shape)
     return None
 
@@ -886,11 +886,11 @@ def _entropy(context: Context, node: fx.Node) -> Tensor | None:
 @rewrite("log")
 def _log_of_sum_of_exp(context: Context, node: fx.Node) -> Tensor | None:
     summed = node.args[0]
-    if _is(summed, "sum") and _is(summed.args[0], "exp"):  # type: ignore[union-attr]
-        x = context.value(summed.args[0].args[0])  # type: ignore[union-attr]
-        return _apply("logsumexp", context, x, *_dims(summed))  # type: ignore[arg-type]
-    if _is(summed, "add") and 1 in summed.args and not summed.kwargs:  # type: ignore[union-attr]
-        return next((_logistic(context, arg) for arg in summed.args if _is(arg, "exp")), None)  # type: ignore[union-attr]
+    if _is(summed, "sum") and _is(summed.args[0], "exp"):  # type: ignore[union-attr]  # fx types arguments loosely
+        x = context.value(summed.args[0].args[0])  # type: ignore[union-attr]  # fx types arguments loosely
+        return _apply("logsumexp", context, x, *_dims(summed))  # type: ignore[arg-type]  # fx types arguments loosely
+    if _is(summed, "add") and 1 in summed.args and not summed.kwargs:  # type: ignore[union-attr]  # fx types arguments loosely
+        return next((_logistic(context, arg) for arg in summed.args if _is(arg, "exp")), None)  # type: ignore[union-attr]  # fx types arguments loosely
     return None
 
 
@@ -908,10 +908,10 @@ def _logistic(context: Context, exponential: Any) -> Tensor:
 def _sum_of_largest(context: Context, node: fx.Node) -> Tensor | None:
     values = node.args[0]
     top = values.args[0] if isinstance(values, fx.Node) and values.args else None
-    if not _is(top, "topk") or values.args[1] != 0 or len(node.args) > 1:  # type: ignore[union-attr]
+    if not _is(top, "topk") or values.args[1] != 0 or len(node.args) > 1:  # type: ignore[union-attr]  # fx types arguments loosely
         return None
-    x, k = context.value(top.args[0]), top.args[1]  # type: ignore[union-attr]
-    largest = top.args[3] if len(top.args) > 3 else top.kwargs.get("largest", True)  # type: ignore[union-attr]
+    x, k = context.value(top.args[0]), top.args[1]  # type: ignore[union-attr]  # fx types arguments loosely
+    largest = top.args[3] if len(top.args) > 3 else top.kwargs.get("largest", True)  # type: ignore[union-attr]  # fx types arguments loosely
     if len(x.shape) != 1:
         return None
     return make((cp.sum_largest if largest else cp.sum_smallest)(x.expression, k), ())
@@ -920,7 +920,7 @@ def _sum_of_largest(context: Context, node: fx.Node) -> Tensor | None:
 @rewrite("div")
 def _quadratic_over_linear(context: Context, node: fx.Node) -> Tensor | None:
     numerator, denominator = node.args[:2]
-    inner = _squared(numerator.args[0]) if _is(numerator, "sum") else _squared(numerator)  # type: ignore[union-attr]
+    inner = _squared(numerator.args[0]) if _is(numerator, "sum") else _squared(numerator)  # type: ignore[union-attr]  # fx types arguments loosely
     if inner is None or not isinstance(denominator, fx.Node) or context.independent(denominator):
         return None
     y = context.value(denominator)
@@ -937,7 +937,7 @@ def _quadratic_form(context: Context, node: fx.Node) -> Tensor | None:
     product_node = node.args[0] if operation_name(node) == "sum" else node
     if (product_node is not node and not _is(product_node, "mul")) or node.meta["val"].dim() != 0:
         return None
-    x, y = product_node.args[:2]  # type: ignore[union-attr]
+    x, y = product_node.args[:2]  # type: ignore[union-attr]  # fx types arguments loosely
     if _same_value(x, y):
         return make(cp.sum_squares(context.value(x).expression), ())
     for left, right in ((x, y), (y, x)):
@@ -964,7 +964,7 @@ def _unscaled(node: Any) -> tuple[float, Any]:
 @rewrite("einsum")
 def _quadratic_einsum(context: Context, node: fx.Node) -> Tensor | None:
     inputs, _, output = str(node.args[0]).replace(" ", "").partition("->")
-    labels, operands = inputs.split(","), list(node.args[1])  # type: ignore[arg-type]
+    labels, operands = inputs.split(","), list(node.args[1])  # type: ignore[arg-type]  # fx types arguments loosely
     if output or len(labels) != 3 or sorted(map(len, labels)) != [1, 1, 2]:
         return None
     at = next(k for k, label in enumerate(labels) if len(label) == 2)

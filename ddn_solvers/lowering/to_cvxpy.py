@@ -35,7 +35,6 @@ from ddn_solvers.lowering.cvxpy_lowering import (
     Values,
     evaluate,
     hoistable,
-    operations_of,
     square_root,
 )
 from ddn_solvers.lowering.cvxpy_operations import Expression
@@ -284,7 +283,7 @@ class Model:
         expression, refusal = _expression(self._lowering, index, kind)
         if expression is not None and expression.is_dpp():
             return expression
-        degree = _degree(self._program, index, kind, name)
+        degree = self._program.degree(kind, name)
         if degree is not None and degree <= (1 if kind == "equality" else 2):
             return self._by_coefficients(kind, name, degree)
         if expression is None:
@@ -398,12 +397,6 @@ def _expression(lowering: Lowering, index: int, kind: str) -> tuple[Expression |
     return None, f"it is {expression.curvature.lower()} and has to be {wanted}"
 
 
-def _degree(program: Program, index: int, kind: str, name: str) -> int | None:
-    """Polynomial degree in the variables; ``None`` also where kinks make it one of the pieces only."""
-    operations = {kink.operation for kink in program.kinks}
-    return None if operations & operations_of(program.graph.module, index) else program.degree(kind, name)
-
-
 def _names(program: Program) -> list[str]:
     return [block.name for block in (*program.variables.blocks, *program.parameters)]
 
@@ -433,7 +426,7 @@ def convexity(program: Program) -> Convexity:
     for index, (kind, name) in enumerate(program.graph.outputs):
         if kind not in _FUNCTIONS:
             continue
-        label, degree = _label(kind, name), _degree(program, index, kind, name)
+        label, degree = _label(kind, name), program.degree(kind, name)
         expression, refusal = _expression(lowering, index, kind)
         if (expression is not None and expression.is_dpp()) or degree in (0, 1):
             continue
