@@ -18,7 +18,7 @@ import torch
 from ddn_solvers.arrays import Array, Index
 from ddn_solvers.errors import DegeneracyWarning, SensitivityError, warn_caller
 from ddn_solvers.kkt.derivative import Cotangents, Linearisation, Multipliers, TorchLinearisation, scale_rows
-from ddn_solvers.kkt.verify import Verified
+from ddn_solvers.kkt.verify import Verified, on_chosen_pieces
 from ddn_solvers.policy import Policy
 from ddn_solvers.program import Program
 
@@ -27,12 +27,13 @@ class Outputs(NamedTuple):
     """What the operation returns; what follows the objective is not differentiable."""
 
     z: torch.Tensor  # (B, n)
-    y: torch.Tensor  # (B, m)
+    y: torch.Tensor  # (B, m), kinks included
     lower: torch.Tensor  # (B, n)
     upper: torch.Tensor  # (B, n)
     objective: torch.Tensor  # (B,)
-    sides: torch.Tensor  # (B, q + 2n) bool, see ActiveSet
-    weak: torch.Tensor  # (B, q + 2n) bool
+    pieces: torch.Tensor  # (B, k), see PrimalDual
+    sides: torch.Tensor  # (B, q + k + 2n) bool, see ActiveSet
+    weak: torch.Tensor  # (B, q + k + 2n) bool
     singular: torch.Tensor  # (B,) bool
     gradient_scale: torch.Tensor  # (B,): 1; 0 for masked and NaN for failed samples
     converged: torch.Tensor  # (B,) bool
@@ -110,7 +111,7 @@ def check_derivative(policy: Policy, verified: Verified) -> None:
 
 def outputs_of(operation: Operation, verified: Verified) -> Outputs:
     """A verified batch as the operation's outputs; failed samples as ``policy.on_failure`` says."""
-    operation.verified = verified
+    operation.verified = verified = on_chosen_pieces(verified, operation.policy)
     converged, on_failure = verified.optimal, operation.policy.on_failure
     evaluation, active = verified.evaluation, verified.active
     point = evaluation.point
@@ -125,7 +126,7 @@ def outputs_of(operation: Operation, verified: Verified) -> Outputs:
         for array in arrays:
             array[~converged] = np.nan
     norms = np.stack(evaluation.norms, axis=1)
-    rest = [active.sides, active.weak, verified.singular, scale, converged, norms]
+    rest = [point.pieces, active.sides, active.weak, verified.singular, scale, converged, norms]
     return Outputs(*(torch.from_numpy(np.ascontiguousarray(a)) for a in (*arrays, *rest)))
 
 
@@ -264,6 +265,7 @@ def _torch_linearisation(
         blocks,
         outputs.z,
         Multipliers(outputs.y, outputs.lower, outputs.upper),
+        outputs.pieces,
         outputs.sides,
         outputs.weak,
         outputs.singular,
@@ -283,5 +285,5 @@ def _without_failures(
         shaped = good.reshape(-1, *[1] * (values.dim() - 1))
         return torch.where(shaped, values, values.index_select(0, stand_in))
 
-    kept = {name: replaced(getattr(outputs, name)) for name in ("z", "y", "lower", "upper", "singular")}
+    kept = {name: replaced(getattr(outputs, name)) for name in ("z", "y", "lower", "upper", "pieces", "singular")}
     return [replaced(b) if b.dim() == 2 else b for b in blocks], outputs._replace(**kept)

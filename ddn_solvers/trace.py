@@ -169,6 +169,15 @@ def _clean(module: fx.GraphModule) -> None:
     module.recompile()
 
 
+def retrace(function: Callable[..., Any], shapes: Sequence[Sequence[int]]) -> fx.GraphModule:
+    """The graph of a function of float64 tensors that is known to be traceable, made as ``trace`` makes its own."""
+    module = make_fx(function, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)(
+        *_fake(shapes)
+    )
+    _clean(module)
+    return module
+
+
 def _fake(shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     with FakeTensorMode(allow_non_fake_inputs=True):
         return [torch.empty(tuple(shape), dtype=torch.float64) for shape in shapes]

@@ -120,7 +120,7 @@ class Linearisation:
     @cached_property
     def systems(self) -> list[tuple[float, Masks, System]]:
         sides, weak = torch.from_numpy(self.active.sides), torch.from_numpy(self.active.weak)
-        m, n = self.evaluation.program.constraints, self.active.n
+        m, n = self.evaluation.functions.rows, self.active.n
         proximal = self.policy.proximal if self.policy.on_singular == "proximal" else None
         options: dict[str, Any] = {"linear_solver": self.policy.linear_solver, "proximal": proximal}
         if self.policy.weakly_active in ("active", "raise") or not self.active.weak.any():
@@ -148,12 +148,12 @@ class Linearisation:
         at = Multipliers(*(torch.from_numpy(a) for a in (point.y, point.lower, point.upper)))
         a = adjoint(self.systems, v, at)
         weights = [t.numpy() for t in (a.w, a.s, a.lower, a.upper, a.e)]
-        return self.evaluation.program.adjoint(point.z, self.evaluation.bound.parameters, point.y, *weights)
+        return self.evaluation.functions.adjoint(point.z, self.evaluation.inputs, point.y, *weights)
 
     def jvp(self, tangents: Sequence[Array]) -> tuple[torch.Tensor, ...]:
         """Tangents of z, y, lower, upper and objective for tangents of every parameter block."""
-        point, parameters = self.evaluation.point, self.evaluation.bound.parameters
-        arrays = self.evaluation.program.tangent(point.z, parameters, point.y, tangents)
+        point = self.evaluation.point
+        arrays = self.evaluation.functions.tangent(point.z, self.evaluation.inputs, point.y, tangents)
         d_gradient, d_c, d_lower, d_upper = (torch.from_numpy(a) for a in arrays)
         return solution_tangent(self.systems, d_gradient, d_c, d_lower, d_upper)
 
@@ -188,6 +188,7 @@ class TorchLinearisation:
         parameters: Sequence[torch.Tensor],
         z: torch.Tensor,
         at: Multipliers,
+        pieces: torch.Tensor,
         sides: torch.Tensor,
         weak: torch.Tensor,
         singular: torch.Tensor,
@@ -195,10 +196,11 @@ class TorchLinearisation:
         policy: Policy,
     ) -> None:
         self.program, self.parameters, self.z, self.at = program, list(parameters), z, at
+        self.pieces = pieces
         # A declared block is 1-d when shared and 2-d in a batch; captured ones likewise.
         self._dims = [0 if p.dim() == 2 else None for p in self.parameters]
-        hessian = self._map(torch.func.jacrev(self._gradient))(z, at.y, *self.parameters)
-        jacobian = self._map(torch.func.jacrev(self._constraints))(z, at.y, *self.parameters)
+        hessian = self._map(torch.func.jacrev(self._gradient))(z, at.y, pieces, *self.parameters)
+        jacobian = self._map(torch.func.jacrev(self._constraints))(z, at.y, pieces, *self.parameters)
         options: dict[str, Any] = {
             "singular": singular,
             "any_singular": any_singular,
@@ -208,7 +210,7 @@ class TorchLinearisation:
         }
         self.systems = [
             (weight, masks, System(hessian, jacobian, masks.constraints, masks.fixed, **options))
-            for weight, masks in choices(sides, weak, program.constraints, z.shape[-1], policy)
+            for weight, masks in choices(sides, weak, program.smooth.rows, z.shape[-1], policy)
         ]
 
     def vjp(self, v: Cotangents, scale: torch.Tensor) -> list[torch.Tensor]:
@@ -216,17 +218,17 @@ class TorchLinearisation:
         zero = Cotangents(*(torch.where(_rows(scale, t) == 1, t, 0.0) for t in vars(v).values()))
         a = adjoint(self.systems, zero, self.at)
 
-        def total(z: torch.Tensor, y: torch.Tensor, *rest: Any) -> torch.Tensor:
+        def total(z: torch.Tensor, y: torch.Tensor, sigma: torch.Tensor, *rest: Any) -> torch.Tensor:
             (w, s, sl, su, e), p = rest[:5], rest[5:]
-            f, c, lower, upper = self.program.evaluate(z, p)
-            along = w @ self._gradient(z, y, *p)
+            f, c, lower, upper = self.program.evaluate(z, p, sigma)
+            along = w @ self._gradient(z, y, sigma, *p)
             return e[0] * f - along - s @ c - sl @ _finite(lower) + su @ _finite(upper)
 
-        indices = tuple(range(7, 7 + len(self.parameters)))
+        indices = tuple(range(8, 8 + len(self.parameters)))
         if not indices:
             return []
         gradients = self._map(torch.func.grad(total, argnums=indices), weights=5)(
-            self.z, self.at.y, a.w, a.s, a.lower, a.upper, a.e, *self.parameters
+            self.z, self.at.y, self.pieces, a.w, a.s, a.lower, a.upper, a.e, *self.parameters
         )
         scaled = [scale_rows(g, scale) for g in gradients]
         return [g if d == 0 else g.sum(0) for g, d in zip(scaled, self._dims, strict=True)]
@@ -234,37 +236,41 @@ class TorchLinearisation:
     def jvp(self, tangents: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """As ``Linearisation.jvp``, with the objective's tangent as well."""
 
-        def directional(z: torch.Tensor, y: torch.Tensor, *rest: torch.Tensor) -> Any:
+        def directional(z: torch.Tensor, y: torch.Tensor, sigma: torch.Tensor, *rest: torch.Tensor) -> Any:
             p, dp = rest[: len(self.parameters)], rest[len(self.parameters) :]
 
             def all_of(*p: torch.Tensor) -> Any:
-                f, c, lower, upper = self.program.evaluate(z, p)
-                return f, self._gradient(z, y, *p), c, _finite(lower), _finite(upper)
+                f, c, lower, upper = self.program.evaluate(z, p, sigma)
+                return f, self._gradient(z, y, sigma, *p), c, _finite(lower), _finite(upper)
 
             return _directional(all_of, p, dp)
 
         df, d_gradient, d_c, d_lower, d_upper = self._map(directional, twice=True)(
-            self.z, self.at.y, *self.parameters, *tangents
+            self.z, self.at.y, self.pieces, *self.parameters, *tangents
         )
         dz, dy, dl, du = solution_tangent(self.systems, d_gradient, d_c, d_lower, d_upper)
         envelope = df + (self.at.y * d_c).sum(-1)
         envelope = envelope + (self.at.lower * d_lower).sum(-1) - (self.at.upper * d_upper).sum(-1)
         return dz, dy, dl, du, envelope
 
-    def _gradient(self, z: torch.Tensor, y: torch.Tensor, *p: torch.Tensor) -> torch.Tensor:
+    def _gradient(
+        self, z: torch.Tensor, y: torch.Tensor, sigma: torch.Tensor, *p: torch.Tensor
+    ) -> torch.Tensor:
         def lagrangian(z: torch.Tensor) -> torch.Tensor:
-            f, c, _, _ = self.program.evaluate(z, p)
+            f, c, _, _ = self.program.evaluate(z, p, sigma)
             return f + y @ c
 
         gradient: torch.Tensor = torch.func.grad(lagrangian)(z)
         return gradient
 
-    def _constraints(self, z: torch.Tensor, y: torch.Tensor, *p: torch.Tensor) -> torch.Tensor:
-        return self.program.evaluate(z, p)[1]
+    def _constraints(
+        self, z: torch.Tensor, y: torch.Tensor, sigma: torch.Tensor, *p: torch.Tensor
+    ) -> torch.Tensor:
+        return self.program.evaluate(z, p, sigma)[1]
 
     def _map(self, function: Callable[..., Any], weights: int = 0, twice: bool = False) -> Callable[..., Any]:
         """``function`` over the batch; a loop where the problem's functions cannot be vectorised."""
-        dims = (0, 0, *([0] * weights), *(self._dims * 2 if twice else self._dims))
+        dims = (0, 0, 0, *([0] * weights), *(self._dims * 2 if twice else self._dims))
         if self.program.traced:
             return torch.func.vmap(function, in_dims=dims)
 

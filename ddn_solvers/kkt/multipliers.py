@@ -8,40 +8,65 @@ problem with signs is solved.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
-from ddn_solvers.arrays import Array
+from ddn_solvers.active_set import kink_sides
+from ddn_solvers.arrays import Array, Mask
 from ddn_solvers.program import Program
 from ddn_solvers.residuals import Bound, Evaluation, PrimalDual
 
 _NEARLY_ACTIVE = 1e-5  # scaled slack within which a constraint may be active
+_NEARLY_ON_KINK = 1e-3  # and within which a point may lie on a kink
 
 
 def least_squares_multipliers(program: Program, bound: Bound, z: Array) -> PrimalDual:
-    """Multipliers of a batch of points; those of constraints with slack get zero."""
-    batch, n = z.shape
-    zero = PrimalDual(z, np.zeros((batch, program.constraints)), np.zeros_like(z), np.zeros_like(z))
-    evaluation = Evaluation.at(program, bound, zero)
+    """Multipliers of a batch of points, kinks included; those of constraints with slack get zero."""
+    evaluation = _on_kinks(program, bound, PrimalDual.resting(program, bound.parameters, z))
     near = evaluation.scaled_slack <= _NEARLY_ACTIVE
-    for i in range(batch):
-        equalities, q = program.equality.size, program.inequality.size
-        free = np.arange(equalities)
-        inequality, lower, upper = (np.flatnonzero(part) for part in np.split(near[i], [q, q + n]))
-        identity = np.eye(n)
+    near[:, kink_sides(evaluation)] = evaluation.point.pieces == 0
+    return _fitted(evaluation, near, np.ones(program.equality.size, dtype=bool))
+
+
+def with_kink_forces(program: Program, bound: Bound, point: PrimalDual) -> PrimalDual:
+    """A batch of points with the forces of the kinks on which they nearly lie, the other multipliers given."""
+    if program.pieces is None:
+        return point
+    evaluation = _on_kinks(program, bound, point)
+    near = np.zeros(evaluation.slack.shape, dtype=bool)
+    near[:, kink_sides(evaluation)] = evaluation.point.pieces == 0
+    return _fitted(evaluation, near, np.zeros(program.equality.size, dtype=bool))
+
+
+def _on_kinks(program: Program, bound: Bound, point: PrimalDual) -> Evaluation:
+    """The point with sigma = 0 wherever it is near a kink."""
+    evaluation = Evaluation.at(program, bound, point)
+    if program.pieces is None:
+        return evaluation
+    near = evaluation.scaled_slack[:, kink_sides(evaluation)] <= _NEARLY_ON_KINK
+    return Evaluation.at(program, bound, replace(point, pieces=np.where(near, 0.0, point.pieces)))
+
+
+def _fitted(evaluation: Evaluation, near: Mask, equality: Mask) -> PrimalDual:
+    """The point with multipliers of the sides ``near`` and of the rows ``equality`` by least squares."""
+    point, program = evaluation.point, evaluation.program
+    equalities, q, n = program.equality.size, program.inequality.size, program.variables.size
+    y, bounds = point.y.copy(), (point.lower.copy(), point.upper.copy())
+    identity, kinks = np.eye(n), near.shape[1] - q - 2 * n
+    for i in range(len(point.z)):
+        inequality, kink, lower, upper = (
+            np.flatnonzero(part) for part in np.split(near[i], [q, q + kinks, q + kinks + n])
+        )
+        free = np.concatenate([np.flatnonzero(equality), equalities + q + kink])
+        signed = equalities + inequality
         columns = np.concatenate(
-            [
-                evaluation.jacobian[i, free],
-                evaluation.jacobian[i, equalities + inequality],
-                -identity[lower],
-                identity[upper],
-            ]
+            [evaluation.jacobian[i, free], evaluation.jacobian[i, signed], -identity[lower], identity[upper]]
         ).T
-        solution = _signed_least_squares(columns, -evaluation.first.gradient[i], len(free))
+        solution = _signed_least_squares(columns, -evaluation.stationarity[i], len(free))
         cuts = np.cumsum([len(free), len(inequality), len(lower)])
-        nu, lam, left, right = np.split(solution, cuts)
-        zero.y[i, free], zero.y[i, equalities + inequality] = nu, lam
-        zero.lower[i, lower], zero.upper[i, upper] = left, right
-    return zero
+        y[i, free], y[i, signed], bounds[0][i, lower], bounds[1][i, upper] = np.split(solution, cuts)
+    return replace(point, y=y, lower=bounds[0], upper=bounds[1])
 
 
 def _signed_least_squares(columns: Array, target: Array, free: int) -> Array:
