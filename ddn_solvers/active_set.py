@@ -8,7 +8,8 @@ With the scaled slack s and multiplier l of ``residuals.py`` and a tolerance t:
 
 Where a point is not good enough for that, the larger of the two decides. Equalities are always
 active, whatever their multiplier. A kink is a side like an inequality; see ``residuals.py`` for its slack and
-multiplier.
+multiplier. One whose weight vanishes with it, such as that of relu(u)^2, only bends: the second derivative
+jumps there, nothing holds the point, and it is weakly active without being a row.
 """
 
 from __future__ import annotations
@@ -73,11 +74,12 @@ def identify(evaluation: Evaluation, tolerance: float | np.ndarray[Any, Any]) ->
     weak = (slack <= tolerance) & (multiplier <= tolerance)
     sides = weak | (multiplier > slack)
     larger = np.where(np.isfinite(slack), np.maximum(slack, multiplier), np.inf)
-    kinks = kink_sides(evaluation)
-    idle = evaluation.idle_kinks
-    sides[:, kinks] &= ~idle
-    weak[:, kinks] &= ~idle
-    larger[:, kinks] = np.where(idle, np.inf, larger[:, kinks])
+    if evaluation.program.pieces is not None:
+        kinks, idle = kink_sides(evaluation), evaluation.idle_kinks
+        bends = (evaluation.scaled_kink_weights <= tolerance) & evaluation.program.numbers
+        sides[:, kinks] &= ~idle & ~bends
+        weak[:, kinks] &= ~idle
+        larger[:, kinks] = np.where(idle, np.inf, larger[:, kinks])
     fixed = fixed_by_bounds(evaluation)
     n = fixed.shape[1]
     # A fixed variable stays where it is whatever the force on it, so neither of its bounds is weak.
@@ -87,7 +89,7 @@ def identify(evaluation: Evaluation, tolerance: float | np.ndarray[Any, Any]) ->
     sides = np.concatenate([sides[:, : -2 * n], lower, upper], axis=1)
     twice = np.concatenate([np.zeros_like(sides[:, : -2 * n]), fixed, fixed], axis=1)
     margin = np.where(twice, np.inf, larger).min(axis=1, initial=np.inf)
-    return ActiveSet(sides, weak & sides & ~twice, margin, evaluation.program.equality.size, n)
+    return ActiveSet(sides, weak & ~twice, margin, evaluation.program.equality.size, n)
 
 
 def kink_sides(evaluation: Evaluation) -> slice:
@@ -106,11 +108,11 @@ def settled(evaluation: Evaluation, active: ActiveSet) -> Evaluation:
     if program.pieces is None:
         return evaluation
     kinks = kink_sides(evaluation)
-    on, weak = active.sides[:, kinks], active.weak[:, kinks] & program.pieces.is_number
+    on, weak = active.sides[:, kinks], active.weak[:, kinks] & program.numbers
     sigma, mu = point.pieces, evaluation.kink_forces
     pushed = weak | (-evaluation.scaled_multiplier[:, kinks] > evaluation.scaled_slack[:, kinks])
-    side = np.sign(np.where(pushed & (mu != 0), mu, evaluation.kink_residuals))
-    side = np.where(program.pieces.is_number, side, 1.0)
+    side = np.where(pushed & (mu != 0), mu, evaluation.kink_residuals)
+    side = np.where((side < 0) & program.numbers, -1.0, 1.0)
     stays = (sigma != 0) & ~evaluation.idle_kinks
     pieces = np.where(on & ~weak, 0.0, np.where(stays, sigma, side))
     if np.array_equal(pieces, sigma):

@@ -46,7 +46,8 @@ from ddn_solvers.solution import Status
 if TYPE_CHECKING:
     import scipy.sparse as sp
 
-    from ddn_solvers.program import FirstOrder, Program
+    from ddn_solvers.evaluators import FirstOrder
+    from ddn_solvers.program import Program
 
 __all__ = [
     "Adapter",

@@ -285,5 +285,7 @@ def _without_failures(
         shaped = good.reshape(-1, *[1] * (values.dim() - 1))
         return torch.where(shaped, values, values.index_select(0, stand_in))
 
-    kept = {name: replaced(getattr(outputs, name)) for name in ("z", "y", "lower", "upper", "pieces", "singular")}
+    kept = {
+        name: replaced(getattr(outputs, name)) for name in ("z", "y", "lower", "upper", "pieces", "singular")
+    }
     return [replaced(b) if b.dim() == 2 else b for b in blocks], outputs._replace(**kept)

@@ -167,8 +167,7 @@ class _Kinks:
             return _absolute(self, r.squeeze(-1))
         sigma, tau = self._take(r, np.repeat(np.arange(groups), size))
         on = sigma[..., 0]
-        offset = torch.zeros(size, dtype=r.dtype)
-        offset[0] = 1.0
+        offset = torch.from_numpy(np.eye(1, size)[0])
         # On the kink nothing of the root may remain, nor of its derivative: 0 * sqrt(1) is both.
         inside = (r + (1 - on.square()).unsqueeze(-1) * offset).square().sum(-1)
         return on * inside.sqrt() + tau[..., 0]
@@ -177,7 +176,9 @@ class _Kinks:
         """sigma and tau with |r| = sigma r + tau, element by element."""
         return self._take(r, np.arange(r.numel()), branches)
 
-    def _take(self, r: torch.Tensor, group: Index, branches: Index | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _take(
+        self, r: torch.Tensor, group: Index, branches: Index | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         start, stop = self.count, self.count + r.numel()
         self.count = stop
         self.rows.append(r.reshape(-1))
@@ -250,7 +251,9 @@ def _uses_indices(node: fx.Node) -> bool:
 def _known_order(node: fx.Node) -> bool:
     place = 2 if operation_name(node) in ("cdist", "pairwise_distance") else 1
     order = node.args[place] if len(node.args) > place else node.kwargs.get("ord", node.kwargs.get("p", 2))
-    matrix = operation_name(node) == "linalg_norm" and order is not None and node.args[0].meta["val"].dim() != 1  # type: ignore[union-attr]  # a node
+    matrix = (
+        operation_name(node) == "linalg_norm" and order is not None and node.args[0].meta["val"].dim() != 1
+    )  # type: ignore[union-attr]  # a node
     return not matrix and order in (None, 1, 2, math.inf, -math.inf)
 
 
@@ -291,7 +294,9 @@ def _largest(kinks: _Kinks, x: torch.Tensor, dims: Any, keepdim: bool) -> torch.
     chosen = [dims] if isinstance(dims, int) else list(dims) if dims else list(range(x.dim()))
     chosen = sorted(d % x.dim() for d in chosen) if x.dim() else []
     kept = [d for d in range(x.dim()) if d not in chosen]
-    shape = [1 if d in chosen else x.shape[d] for d in range(x.dim())] if keepdim else [x.shape[d] for d in kept]
+    shape = (
+        [1 if d in chosen else x.shape[d] for d in range(x.dim())] if keepdim else [x.shape[d] for d in kept]
+    )
     values = x.permute(kept + chosen).reshape(math.prod(x.shape[d] for d in kept), -1)
     rows = np.full(tuple(values.shape), _LEAF)
     while (size := values.shape[1]) > 1:
@@ -314,7 +319,9 @@ def _vector_norm(kinks: _Kinks, x: torch.Tensor, order: Any, dims: Any, keepdim:
     chosen = [dims] if isinstance(dims, int) else list(dims) if dims else list(range(x.dim()))
     chosen = sorted(d % x.dim() for d in chosen) if x.dim() else []
     kept = [d for d in range(x.dim()) if d not in chosen]
-    shape = [1 if d in chosen else x.shape[d] for d in range(x.dim())] if keepdim else [x.shape[d] for d in kept]
+    shape = (
+        [1 if d in chosen else x.shape[d] for d in range(x.dim())] if keepdim else [x.shape[d] for d in kept]
+    )
     return kinks.norm(x.permute(kept + chosen).reshape(*(x.shape[d] for d in kept), -1)).reshape(shape)
 
 
@@ -457,7 +464,12 @@ def _l1_loss(kinks: _Kinks, x: torch.Tensor, target: torch.Tensor, reduction: in
 
 @_has_kink("margin_ranking_loss")
 def _margin_ranking_loss(
-    kinks: _Kinks, a: torch.Tensor, b: torch.Tensor, target: torch.Tensor, margin: float = 0, reduction: int = 1
+    kinks: _Kinks,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    target: torch.Tensor,
+    margin: float = 0,
+    reduction: int = 1,
 ) -> torch.Tensor:
     return _reduced(_relu(kinks, margin - target * (a - b)), reduction)
 

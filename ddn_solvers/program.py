@@ -129,7 +129,12 @@ class Program(Evaluators):
         functions: Any = self._functions  # compiled, there being pieces
         residuals = self.memo("residuals", lambda: Kernel(functions.of_graph(pieces.residuals)))
         (r,) = residuals(z, *parameters)
-        return np.where(pieces.is_number, np.sign(r), 1.0)
+        return np.where(self.numbers, np.sign(r), 1.0)
+
+    @cached_property
+    def numbers(self) -> Any:
+        """Which kinks are those of one number, whose sigma is a sign, (kinks,) bool."""
+        return self.pieces.is_number if self.pieces is not None else np.zeros(0, dtype=bool)
 
     @cached_property
     def lifted(self) -> Program | None:

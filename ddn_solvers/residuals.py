@@ -27,6 +27,7 @@ from ddn_solvers.evaluators import Evaluators, FirstOrder
 from ddn_solvers.program import Program
 
 _TINY = 1e-300
+_ROUNDING = 1e-13  # relative force that counts as none
 _VANISHING = 1e-2  # of the change of a row's gradient over a hundredth of the point's size
 
 
@@ -152,6 +153,10 @@ class Evaluation:
         return self._in_group(self.functions.kink_weights(self.point.z, self.inputs, self.point.y), np.add)
 
     @property
+    def scaled_kink_weights(self) -> Array:
+        return self.kink_weights * self._kink_norms / self.force
+
+    @property
     def kink_forces(self) -> Array:
         """mu, (B, k)."""
         return self.point.y[:, self.program.constraints :]
@@ -159,30 +164,32 @@ class Evaluation:
     @cached_property
     def idle_kinks(self) -> Any:
         """Kinks that nothing depends on here or nearby, such as those of entries that a maximum passes over."""
-        forces, unit = np.abs(self.kink_weights * self._kink_norms), 1e-13 * self.force
-        idle = forces <= unit
+        idle = np.abs(self.scaled_kink_weights) <= _ROUNDING
         if not idle.any():
             return idle
         *parameters, sigma, tau = self.inputs
         there = self.point.z + 1e-3 * self.size * _direction(self.point.z.shape[1])
         weights = self.functions.kink_weights(there, (*parameters, sigma, tau + 1e-3), self.point.y)
-        return idle & (np.abs(self._in_group(weights, np.add) * self._kink_norms) <= unit)
+        forces = np.abs(self._in_group(weights, np.add) * self._kink_norms)
+        return idle & (forces <= _ROUNDING * self.force)
 
     @cached_property
     def _kink_slack(self) -> Array:
-        r, sigma, pieces = self.kink_residuals, self.point.pieces, self.program.pieces
-        if pieces is None:
+        r, sigma = self.kink_residuals, self.point.pieces
+        if self.program.pieces is None:
             return r
         length = np.sqrt(self._in_group(r**2, np.add))
-        return np.where(pieces.is_number & (sigma != 0), sigma * r, length)
+        return np.where(self.program.numbers & (sigma != 0), sigma * r, length)
 
     @cached_property
     def _kink_multiplier(self) -> Array:
-        mu, sigma, pieces = self.kink_forces, self.point.pieces, self.program.pieces
-        if pieces is None:
+        mu, sigma = self.kink_forces, self.point.pieces
+        if self.program.pieces is None:
             return mu
         length = np.sqrt(self._in_group(mu**2, np.add))
-        return np.where(sigma == 0, self.kink_weights - length, np.where(pieces.is_number, -sigma * mu, 0.0))
+        return np.where(
+            sigma == 0, self.kink_weights - length, np.where(self.program.numbers, -sigma * mu, 0.0)
+        )
 
     @cached_property
     def _kink_norms(self) -> Array:

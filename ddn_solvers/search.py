@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -128,9 +129,7 @@ class Search:
                 np.concatenate([side, np.full((len(initial), program.variables.size - n), value)], axis=1)
                 for side, value in ((initial, 1.0), (lower, -np.inf), (upper, np.inf))
             )
-        batch = Batch(
-            program, bound.parameters, lower, upper, start, route.method.name, self.options, warm
-        )
+        batch = Batch(program, bound.parameters, lower, upper, start, route.method.name, self.options, warm)
         try:
             points = route.adapter.solve_batch(batch)
         except DDNError:
@@ -144,8 +143,9 @@ class Search:
         """A point of the lifted problem as one of the problem itself."""
         n, q = self.program.variables.size, self.program.inequality.size
         lengths = {"primal": n, "inequality": q, "lower": n, "upper": n}
-        parts = {name: getattr(point, name) for name in lengths}
-        return replace(point, **{k: None if v is None else v[: lengths[k]] for k, v in parts.items()})
+        whole = {name: getattr(point, name) for name in lengths}
+        parts: dict[str, Any] = {k: None if v is None else v[: lengths[k]] for k, v in whole.items()}
+        return replace(point, **parts)
 
     def _has_concave_kinks(self, bound: Bound, z: Array) -> bool:
         """Whether some |r| lowers the objective, or an inequality, where the search starts: t has no limit then."""
@@ -255,8 +255,8 @@ def _with_multipliers(program: Program, bound: Bound, points: list[Point]) -> Pr
     start = with_kink_forces(program, bound, start)
     if missing.any():
         found = least_squares_multipliers(program, bound.take(missing), z[missing])
-        for k, i in enumerate(np.flatnonzero(missing)):
-            start.put(int(i), found, k)
+        for source, sample in enumerate(np.flatnonzero(missing)):
+            start.put(int(sample), found, source)
     return start
 
 

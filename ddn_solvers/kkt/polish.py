@@ -118,7 +118,8 @@ def with_bound_multipliers(evaluation: Evaluation, active: ActiveSet) -> PrimalD
 def _corrected(active: ActiveSet, tried: Evaluation) -> ActiveSet:
     leave = tried.scaled_multiplier < -_SIGN
     join = tried.scaled_slack < -_SIGN
-    join[:, kink_sides(tried)] &= ~tried.idle_kinks
+    if tried.program.pieces is not None:
+        join[:, kink_sides(tried)] &= ~tried.idle_kinks
     sides = np.where(active.sides, ~leave, join)
     n = active.n
     fixed = fixed_by_bounds(tried)

@@ -18,8 +18,8 @@ from ddn_solvers.arrays import Array, Mask
 from ddn_solvers.kkt.curvature import curvature, surely_minimal
 from ddn_solvers.kkt.polish import kkt_system, polish
 from ddn_solvers.kkt.system import System
-from ddn_solvers.policy import Policy
 from ddn_solvers.pieces import Kink
+from ddn_solvers.policy import Policy
 from ddn_solvers.program import Program
 from ddn_solvers.residuals import Bound, Evaluation, PrimalDual
 from ddn_solvers.solution import Status

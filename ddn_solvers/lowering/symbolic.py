@@ -51,7 +51,9 @@ class SymbolicFunctions:
         self.terms = dict(zip(outputs, lowered.outputs, strict=True))
         self.kink_terms: tuple[KinkExpression, ...] = lowered.kinks
         self.f = self.terms["objective", ""]
-        self.c = _stack([e for (kind, _), e in self.terms.items() if kind in ("equality", "inequality", "kink")])
+        self.c = _stack(
+            [e for (kind, _), e in self.terms.items() if kind in ("equality", "inequality", "kink")]
+        )
         self.lower = _stack([self._side("lower", b.name, b.size, -np.inf) for b in variables])
         self.upper = _stack([self._side("upper", b.name, b.size, np.inf) for b in variables])
         self.y = ca.MX.sym("y", self.c.numel())
