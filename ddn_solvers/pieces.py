@@ -17,8 +17,10 @@ Dzy of section 5). Operations that step, or that order their arguments, have no 
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,18 +52,12 @@ class Pieces:
 
     Attributes:
         smooth: The graph with inputs sigma and tau, (rows,) each, behind its own, and r behind its outputs.
-        residuals: The graph's inputs -> r, (rows,).
-        lifted: A variable t, (groups,), behind the graph's variables: |r| <= t as inequalities, ``lifted_rows``
-            of them behind its outputs, and t in place of |r|.
         kinks: What each row belongs to.
         group: Number of the norm that each row belongs to, nondecreasing.
         branches: Rows of the maxima that are compared in a row, (rows, 2); -1 for none.
     """
 
     smooth: fx.GraphModule
-    residuals: fx.GraphModule
-    lifted: fx.GraphModule
-    lifted_rows: int
     kinks: tuple[Kink, ...]
     group: Index
     branches: Index
@@ -85,16 +81,9 @@ def find_pieces(module: fx.GraphModule, variables: int) -> Pieces | None:
     targets = dependent_nodes(module, 0, variables)
     if not any(node in targets and node.op == "call_function" and _rule(node) for node in module.graph.nodes):
         return None
-    found = _Kinks(torch.sign)  # values as they are, to count the rows and to evaluate them
-
-    def residuals(*inputs: torch.Tensor) -> torch.Tensor:
-        found.reset()
-        _Rewriting(module, targets, found).run(*inputs)
-        return torch.cat(found.rows)
-
-    shapes = [tuple(node.meta["val"].shape) for node in module.graph.find_nodes(op="placeholder")]
-    values = retrace(residuals, shapes)
-    rows, group = found.count, np.array(found.group, dtype=np.intp)
+    shapes = _shapes(module)
+    counted = _Kinks()
+    _Rewriting(module, targets, counted).run(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
 
     def smooth(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         *own, sigma, tau = inputs
@@ -102,25 +91,45 @@ def find_pieces(module: fx.GraphModule, variables: int) -> Pieces | None:
         outputs = _Rewriting(module, targets, kinks).run(*own)
         return (*outputs, torch.cat(kinks.rows))
 
-    first = np.flatnonzero(np.diff(group, prepend=-1))
-
-    def lifted(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        own, t = [*inputs[:variables], *inputs[variables + 1 :]], inputs[variables]
-        kinks = _Kinks(torch.zeros(rows, dtype=t.dtype), _entries(t, group))
-        outputs = _Rewriting(module, targets, kinks).run(*own)
-        return (*outputs, _epigraph(torch.cat(kinks.rows), t, group))
-
-    whole = [*shapes[:variables], (len(first),), *shapes[variables:]]
-    epigraph = retrace(lifted, whole)
     return Pieces(
-        retrace(smooth, [*shapes, (rows,), (rows,)]),
-        values,
-        epigraph,
-        int(epigraph.graph.output_node().args[0][-1].meta["val"].numel()),  # type: ignore[index,union-attr]  # it returns a tuple
-        tuple(found.kinks),
-        group,
-        np.array(found.branches, dtype=np.intp).reshape(-1, 2),
+        retrace(smooth, [*shapes, (counted.count,), (counted.count,)]),
+        tuple(counted.kinks),
+        np.array(counted.group, dtype=np.intp),
+        np.array(counted.branches, dtype=np.intp),
     )
+
+
+def lift(pieces: Pieces, variables: int) -> tuple[fx.GraphModule, int]:
+    """The graph with a variable t, (groups,), behind its own in place of each |r|, and |r| <= t.
+
+    Returns:
+        The graph, the inequalities |r| <= t (rows <= 0) behind its outputs, and their number.
+    """
+    groups, rows = len(pieces.first), len(pieces.kinks)
+    on_kinks = retrace(lambda t: (torch.zeros(rows, dtype=t.dtype), _entries(t, pieces.group)), [(groups,)])
+    epigraph = retrace(lambda r, t: (_epigraph(r, t, pieces.group),), [(rows,), (groups,)])
+    graph, constants = fx.Graph(), torch.nn.Module()
+
+    def inline(module: fx.GraphModule, values: Sequence[fx.Node]) -> Any:
+        nodes = dict(zip(module.graph.find_nodes(op="placeholder"), values, strict=True))
+        for node in module.graph.find_nodes(op="get_attr"):
+            name = f"constant{len(constants._buffers)}"
+            constants.register_buffer(name, operator.attrgetter(str(node.target))(module))
+            nodes[node] = graph.create_node("get_attr", name)
+            nodes[node].meta = dict(node.meta)
+        return graph.graph_copy(module.graph, nodes)
+
+    own = [graph.node_copy(node) for node in pieces.smooth.graph.find_nodes(op="placeholder")[:variables]]
+    t = graph.node_copy(on_kinks.graph.find_nodes(op="placeholder")[0])
+    own += [graph.node_copy(node) for node in pieces.smooth.graph.find_nodes(op="placeholder")[variables:-2]]
+    *outputs, r = inline(pieces.smooth, [*own, *inline(on_kinks, [t])])
+    (inequalities,) = inline(epigraph, [r, t])
+    graph.output((*outputs, inequalities))
+    return fx.GraphModule(constants, graph), int(inequalities.meta["val"].numel())
+
+
+def _shapes(module: fx.GraphModule) -> list[tuple[int, ...]]:
+    return [tuple(node.meta["val"].shape) for node in module.graph.find_nodes(op="placeholder")]
 
 
 def _epigraph(r: torch.Tensor, t: torch.Tensor, group: Index) -> torch.Tensor:
@@ -144,15 +153,12 @@ class _Kinks:
     """Hands out sigma and tau, and collects the rows r that go with them.
 
     Args:
-        sigma: The input, or a function of r that makes it.
-        tau: The input; zero without one.
+        sigma: The input; without one the kinks are only counted.
+        tau: The input.
     """
 
-    def __init__(self, sigma: Any, tau: torch.Tensor | None = None) -> None:
+    def __init__(self, sigma: torch.Tensor | None = None, tau: torch.Tensor | None = None) -> None:
         self._sigma, self._tau = sigma, tau
-        self.reset()
-
-    def reset(self) -> None:
         self.rows: list[torch.Tensor] = []
         self.kinks: list[Kink] = []
         self.group: list[int] = []
@@ -186,14 +192,9 @@ class _Kinks:
         self.group += (group + (self.group[-1] + 1 if self.group else 0)).tolist()
         none = np.full((r.numel(), 2), _LEAF)
         self.branches += map(tuple, (none if branches is None else branches).tolist())
-        if not isinstance(self._sigma, torch.Tensor):
-            sigma = self._sigma(r)
-            if len(np.unique(group)) < len(group):
-                sigma = torch.sign(r.square().sum(-1, keepdim=True)).expand(r.shape)
-        else:
-            sigma = self._sigma[start:stop].reshape(r.shape)
-        tau = torch.zeros_like(r) if self._tau is None else self._tau[start:stop].reshape(r.shape)
-        return sigma, tau
+        if self._sigma is None or self._tau is None:
+            return torch.zeros_like(r), torch.zeros_like(r)
+        return self._sigma[start:stop].reshape(r.shape), self._tau[start:stop].reshape(r.shape)
 
 
 class _Rewriting(fx.Interpreter):
@@ -206,19 +207,28 @@ class _Rewriting(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         rule = _rule(n) if n in self._targets and n.op == "call_function" else None
         source = n.meta.get("source", "")
-        graph = get_proxy_mode().tracer.graph  # type: ignore[union-attr]  # only ever run in a trace
-        before = graph._root._prev
-        if rule is None:
-            result = super().run_node(n)
-        else:
+        with _labelled(source):
+            if rule is None:
+                return super().run_node(n)
             self._kinks.operation, self._kinks.source = operation_name(n), source
             args, kwargs = self.fetch_args_kwargs_from_env(n)
-            result = rule(self._kinks, *args, **kwargs)
-        node = graph._root._prev
-        while node is not before:
-            node.meta.setdefault("source", source)
-            node = node._prev
-        return result
+            return rule(self._kinks, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def _labelled(source: str) -> Iterator[None]:
+    """Nodes that are traced meanwhile belong to the user's line ``source``."""
+    mode = get_proxy_mode()
+    if mode is None:
+        yield
+        return
+    root = mode.tracer.graph._root
+    before = root._prev
+    yield
+    node = root._prev
+    while node is not before:
+        node.meta.setdefault("source", source)
+        node = node._prev
 
 
 # -- rules: what each operation is in terms of |r| -----------------------------------------------------
@@ -248,13 +258,15 @@ def _uses_indices(node: fx.Node) -> bool:
     return any(user.args[1] != 0 for user in node.users if len(user.args) > 1)
 
 
-def _known_order(node: fx.Node) -> bool:
-    place = 2 if operation_name(node) in ("cdist", "pairwise_distance") else 1
-    order = node.args[place] if len(node.args) > place else node.kwargs.get("ord", node.kwargs.get("p", 2))
-    matrix = (
-        operation_name(node) == "linalg_norm" and order is not None and node.args[0].meta["val"].dim() != 1
-    )  # type: ignore[union-attr]  # a node
-    return not matrix and order in (None, 1, 2, math.inf, -math.inf)
+def _known_order(node: Any) -> bool:
+    """Whether a norm is one that is known here: of vectors, and of order 1, 2 or infinity."""
+    of_pairs = operation_name(node) in ("cdist", "pairwise_distance")
+    place, keyword = (2, "p") if of_pairs else (1, "ord")
+    order = node.args[place] if len(node.args) > place else node.kwargs.get(keyword, 2)
+    dims = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
+    several = dims is None or (not isinstance(dims, int) and len(dims) > 1)
+    of_matrix = operation_name(node) == "linalg_norm" and node.args[0].meta["val"].dim() > 1 and several
+    return order in (None, 1, 2, math.inf, -math.inf) and not (of_matrix and order is not None)
 
 
 def _has_kink(*names: str) -> Callable[[Rule], Rule]:

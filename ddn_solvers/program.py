@@ -21,7 +21,7 @@ from ddn_solvers.arrays import Array
 from ddn_solvers.captures import Overrides
 from ddn_solvers.evaluators import Evaluators
 from ddn_solvers.layout import Block, Layout
-from ddn_solvers.pieces import Kink, Pieces, find_pieces
+from ddn_solvers.pieces import Kink, Pieces, find_pieces, lift
 from ddn_solvers.problem import Problem
 from ddn_solvers.terms import Substitution, Term, evaluate
 from ddn_solvers.trace import Graph, dependent_nodes, operation_name, trace
@@ -124,12 +124,14 @@ class Program(Evaluators):
         pieces = self.pieces
         if pieces is None:
             return np.zeros((len(z), 0))
-        from ddn_solvers.lowering.kernel import Kernel
-
-        functions: Any = self._functions  # compiled, there being pieces
-        residuals = self.memo("residuals", lambda: Kernel(functions.of_graph(pieces.residuals)))
-        (r,) = residuals(z, *parameters)
-        return np.where(self.numbers, np.sign(r), 1.0)
+        sigma = np.ones((len(z), len(pieces.kinks)))
+        for _ in pieces.kinks:  # a kink inside another one has to be known first
+            _, c = self.smooth.values(z, (*parameters, sigma, np.zeros_like(sigma)))
+            found = np.where(self.numbers, np.sign(c[:, self.constraints :]), 1.0)
+            if np.array_equal(found, sigma):
+                break
+            sigma = found
+        return sigma
 
     @cached_property
     def numbers(self) -> Any:
@@ -145,11 +147,12 @@ class Program(Evaluators):
         """
         if self.pieces is None:
             return None
-        groups, rows = len(self.pieces.first), self.pieces.lifted_rows
+        module, rows = lift(self.pieces, len(self.variables))
+        groups = len(self.pieces.first)
         problem = replace(self.problem, variables={**self.problem.variables, _LIFTED: (groups,)})
         graph = replace(
             self.graph,
-            module=self.pieces.lifted,
+            module=module,
             terms=(*self.graph.terms, Term("inequality", _LIFTED, _not_called, ())),
             shapes=(*self.graph.shapes, (rows,)),
         )

@@ -169,11 +169,6 @@ class SymbolicFunctions:
         tau = self.p[-1]
         return self._function("kink_weights", [self.y], [ca.gradient(self.f + ca.dot(self.y, self.c), tau)])
 
-    def of_graph(self, module: fx.GraphModule) -> ca.Function:
-        """(z, p..) -> the output of another graph with the same inputs."""
-        (output,) = lower(module, self._inputs, len(self.variables)).outputs
-        return self._function("of_graph", [], [output])
-
     def nodes(self, nodes: Sequence[fx.Node]) -> ca.Function:
         """(p..) -> values of graph nodes that depend on parameters alone."""
         values = lower(self.module, self._inputs, len(self.variables), nodes).outputs
