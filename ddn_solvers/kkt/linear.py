@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -17,6 +18,15 @@ import torch
 
 # Beyond this condition number (after equilibration) the solution of a system is rounding error.
 SINGULAR: Final = 1e12
+
+
+@dataclass(frozen=True)
+class Step:
+    """Solution of one bordered system: x (B, n), t (B, m), and q (B, n), zero on free variables."""
+
+    x: torch.Tensor
+    t: torch.Tensor
+    q: torch.Tensor
 
 
 class LinearSolver(abc.ABC):
@@ -104,16 +114,6 @@ class Iterative(LinearSolver):
                 residual = target - matrix @ solution
             solutions.append(solution)
         return torch.from_numpy(np.stack(solutions)) if solutions else rhs
-
-
-class LeastSquares(LinearSolver):
-    """The minimum-norm least-squares solution through the pseudo-inverse, for singular systems."""
-
-    def init(self, matrix: torch.Tensor) -> Any:
-        return torch.linalg.pinv(matrix, rtol=1 / SINGULAR, hermitian=True)
-
-    def compute(self, state: Any, rhs: torch.Tensor) -> torch.Tensor:
-        return torch.matmul(state, rhs.unsqueeze(-1)).squeeze(-1)
 
 
 class Custom(LinearSolver):

@@ -19,35 +19,26 @@ x_j = v_j, so that samples with different active sets form one batch.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ddn_solvers.kkt.degenerate import Degenerate
 from ddn_solvers.kkt.linear import (
     SINGULAR,
     Custom,
     DenseInverse,
     DenseLU,
     Iterative,
-    LeastSquares,
     LinearSolver,
     SparseLU,
+    Step,
     condition,
     equilibrate,
 )
 
 _REFINEMENTS = 4
 _ROUNDING = 4e-15  # backward error |r| / (|b| + |K| |x|) at which a refined solution is taken
-
-
-@dataclass(frozen=True)
-class Step:
-    """Solution of one bordered system: x (B, n), t (B, m), and q (B, n), zero on free variables."""
-
-    x: torch.Tensor
-    t: torch.Tensor
-    q: torch.Tensor
 
 
 class System:
@@ -82,8 +73,7 @@ class System:
         kept = torch.cat([~fixed, active], dim=-1)
         matrix = _bordered(hessian, jacobian, kept)
         self._any_fixed = transformed or bool(fixed.any())
-        self._units = torch.where(kept, _units(hessian, jacobian), 1.0)
-        self._scale = equilibrate(matrix, self._units)
+        self._scale = equilibrate(matrix, torch.where(kept, _units(hessian, jacobian), 1.0))
         scaled = matrix * self._scale.unsqueeze(-1) * self._scale.unsqueeze(-2)
         self._solver = _solver(linear_solver, transformed)
         if singular is None or not any_singular:
@@ -94,24 +84,15 @@ class System:
             any_singular = bool(singular.any())
         self.singular, self._repair, self._moved = singular, any_singular, False
         if any_singular:
-            self._prepare_singular(matrix, scaled, proximal)
+            self._prepare_singular(scaled, proximal)
 
-    def _prepare_singular(self, matrix: torch.Tensor, scaled: torch.Tensor, proximal: float | None) -> None:
+    def _prepare_singular(self, scaled: torch.Tensor, proximal: float | None) -> None:
         """Regular samples keep their factorization; a singular one gets an identity there, and its own."""
-        pick = self.singular.unsqueeze(-1).unsqueeze(-1)
+        pick = self.singular.unsqueeze(-1)
         identity = torch.eye(scaled.shape[-1], dtype=scaled.dtype).expand_as(scaled)
-        self._state = self._solver.init(torch.where(pick, identity, scaled))
-        if proximal is not None:
-            n = self.hessian.shape[-1]
-            delta = torch.zeros_like(matrix[..., 0])
-            delta[..., :n] = proximal
-            matrix = matrix + torch.diag_embed(delta)
-        # The minimum norm is meant in the user's own units: equilibration would weigh the variables.
-        scale = self._units
-        self._fallback = LeastSquares()
-        self._fallback_state = self._fallback.init(
-            torch.where(pick, matrix * scale.unsqueeze(-1) * scale.unsqueeze(-2), identity)
-        )
+        self._state = self._solver.init(torch.where(pick.unsqueeze(-1), identity, scaled))
+        hessian, jacobian = (torch.where(pick.unsqueeze(-1), t, 0.0) for t in (self.hessian, self.jacobian))
+        self._degenerate = Degenerate(hessian, jacobian, self.active & pick, self.fixed & pick, proximal)
 
     def moved(self, hessian: torch.Tensor, jacobian: torch.Tensor) -> System:
         """The system of a nearby point with the same active set: this factorization, refined (regular only)."""
@@ -125,6 +106,15 @@ class System:
         Args:
             a: (B, n). b: (B, m). v: (B, n), used where a variable is fixed.
         """
+        step = self._regular(a, b, v)
+        if not self._repair:
+            return step
+        other, pick = self._degenerate.solve(a, b, v), self.singular.unsqueeze(-1)
+        return Step(
+            *(torch.where(pick, o, s) for o, s in zip(vars(other).values(), vars(step).values(), strict=True))
+        )
+
+    def _regular(self, a: torch.Tensor, b: torch.Tensor, v: torch.Tensor) -> Step:
         n, solve = a.shape[-1], self._refined if self._moved else self._factored
         if not self._any_fixed:
             solution = solve(torch.cat([a, torch.where(self.active, b, 0.0)], dim=-1))
@@ -141,11 +131,7 @@ class System:
         return Step(x, t, torch.where(self.fixed, q, 0.0))
 
     def _factored(self, rhs: torch.Tensor) -> torch.Tensor:
-        solution = self._scale * self._solver.compute(self._state, self._scale * rhs)
-        if self._repair:
-            least = self._units * self._fallback.compute(self._fallback_state, self._units * rhs)
-            solution = torch.where(self.singular.unsqueeze(-1), least, solution)
-        return solution
+        return self._scale * self._solver.compute(self._state, self._scale * rhs)
 
     def _refined(self, rhs: torch.Tensor) -> torch.Tensor:
         """Iterative refinement against the matrix of the point moved to; factored anew if it is too far."""

@@ -1,0 +1,67 @@
+"""The KKT system where it is singular: dependent active rows, flat directions, more rows than variables.
+
+With A the active rows of c and, as rows of the identity, the active bounds, and P = I - A^+ A,
+
+    x = A^+ b + (P H P)^+ P (a - H A^+ b),        t = (A^+)^T (a - H x)
+
+solves  H x + A^T t = a,  A x = b  with x and t of minimum norm, in least squares where it has no solution
+(x = A^+ b where A has full column rank). It is linear and symmetric in (a, b), so forward and reverse mode
+agree, and where H is positive semidefinite it is the pseudo-inverse of the bordered matrix (Gould et al. 2019,
+section 4.7 and equation 35, with constraints). Norms are meant in the user's own units.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ddn_solvers.kkt.linear import Step
+
+_DEPENDENT = 1e-10  # relative singular value below which rows of A count as dependent
+_FLAT = 1e-11  # eigenvalue of P H P relative to |H| below which a direction counts as flat
+
+
+class Degenerate:
+    """Pseudo-inverses of a batch of KKT systems; differentiable where the rank stays what it is.
+
+    Args:
+        hessian: H, (B, n, n).
+        jacobian: Rows of all constraints, (B, m, n).
+        active: Which of them are active, (B, m) bool.
+        fixed: Variables that an active bound fixes, (B, n) bool.
+        proximal: delta, added to P H P on the null space of A (the paper's delta / 2 |u - y|^2).
+    """
+
+    def __init__(
+        self,
+        hessian: torch.Tensor,
+        jacobian: torch.Tensor,
+        active: torch.Tensor,
+        fixed: torch.Tensor,
+        proximal: float | None = None,
+    ) -> None:
+        self.hessian, self.active, self.fixed = hessian, active, fixed
+        rows = torch.where(active.unsqueeze(-1), jacobian, 0.0)
+        bounds = torch.diag_embed(fixed.to(hessian.dtype))
+        border = torch.cat([rows, bounds], dim=-2)  # A, (B, m + n, n)
+        self._border = torch.linalg.pinv(border, rtol=_DEPENDENT)
+        identity = torch.eye(hessian.shape[-1], dtype=hessian.dtype)
+        self._projection = identity - self._border @ border
+        reduced = self._projection @ hessian @ self._projection
+        if proximal is not None:
+            reduced = reduced + proximal * self._projection
+        flat = _FLAT * hessian.detach().abs().amax((-2, -1))
+        self._reduced = torch.linalg.pinv(reduced, atol=flat, rtol=torch.zeros_like(flat), hermitian=True)
+
+    def solve(self, a: torch.Tensor, b: torch.Tensor, v: torch.Tensor) -> Step:
+        """As ``System.solve``."""
+        m = b.shape[-1]
+        target = torch.cat([torch.where(self.active, b, 0.0), torch.where(self.fixed, v, 0.0)], dim=-1)
+        particular = _times(self._border, target)
+        along = _times(self._projection, a - _times(self.hessian, particular))
+        x = particular + _times(self._reduced, along)
+        t = _times(self._border.mT, a - _times(self.hessian, x))
+        return Step(x, t[..., :m], -t[..., m:])
+
+
+def _times(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    return torch.matmul(matrix, vector.unsqueeze(-1)).squeeze(-1)
