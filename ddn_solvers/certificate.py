@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ddn_solvers.kkt.curvature import curvature
+from ddn_solvers.kkt.curvature import Curvature, curvature
 from ddn_solvers.kkt.linear import SINGULAR
 from ddn_solvers.kkt.system import System
 from ddn_solvers.kkt.verify import Verified
 from ddn_solvers.policy import Policy
+from ddn_solvers.residuals import Evaluation
 
 _SHOWN = 5  # names of active constraints listed in a report
 
@@ -170,26 +171,18 @@ def certify(
         },
         active=strong,
         weakly_active=weak,
-        null_space=_null_spaces(verified),
+        null_space=_flat_directions(evaluation, bent),
         policy=policy,
         distance=shaped(distance),
         reasons=verified.reasons,
     )
 
 
-def _null_spaces(verified: Verified) -> list[torch.Tensor]:
-    """Directions x with H x in the span of the active rows and A x = 0: where dz is free, (n, k) each."""
-    evaluation, active = verified.evaluation, verified.active
+def _flat_directions(evaluation: Evaluation, bent: Curvature) -> list[torch.Tensor]:
+    """Directions in the null space of the active rows without curvature: where dz is free, (n, k) each."""
     bases = []
-    for i in range(len(evaluation.point.z)):
-        rows = np.concatenate(
-            [evaluation.jacobian[i][active.constraints[i]], np.eye(active.n)[active.fixed[i]]]
-        )
-        hessian = np.nan_to_num(evaluation.hessian[i])
-        norm = np.abs(hessian).max(initial=0.0) or 1.0
-        _, s, right = np.linalg.svd(np.nan_to_num(rows), full_matrices=True)
-        rank = int((s > 1e-10 * s.max(initial=1e-300)).sum())
-        null = right[rank:].T  # (n, n - rank)
-        values, vectors = np.linalg.eigh(null.T @ hessian @ null / norm)
-        bases.append(torch.from_numpy(null @ vectors[:, np.abs(values) < 10 / SINGULAR]))
+    for null, hessian, unit in zip(bent.null, np.nan_to_num(evaluation.hessian), bent.unit, strict=True):
+        basis = null[(null != 0).any(axis=1)].T  # (n, n - rank)
+        values, vectors = np.linalg.eigh(basis.T @ hessian @ basis / unit)
+        bases.append(torch.from_numpy(basis @ vectors[:, np.abs(values) < 10 / SINGULAR]))
     return bases

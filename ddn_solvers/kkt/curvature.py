@@ -25,11 +25,21 @@ _RANK = 1e-10  # relative singular value below which rows count as dependent
 
 @dataclass(frozen=True)
 class Curvature:
-    """Per sample: rank of the active rows, how many there are, smallest reduced eigenvalue over |H|."""
+    """Of each sample.
+
+    Attributes:
+        rank: Of the active rows, bounds included, (B,).
+        rows: How many there are, (B,).
+        smallest: Smallest eigenvalue of the reduced Hessian over |H|, (B,); inf where the null space is {0}.
+        null: Orthonormal rows that span the null space of the active ones, the others zero, (B, n, n).
+        unit: |H|, (B,), one where it vanishes.
+    """
 
     rank: np.ndarray[Any, np.dtype[np.int64]]
     rows: np.ndarray[Any, np.dtype[np.int64]]
-    smallest: Array  # inf where the null space is {0}
+    smallest: Array
+    null: Array
+    unit: Array
 
     @property
     def negative(self) -> Any:
@@ -55,13 +65,13 @@ def curvature(evaluation: Evaluation, active: ActiveSet) -> Curvature:
     null = np.where(counted[:, :, None], 0.0, right)
     reduced = null @ evaluation.hessian @ null.transpose(0, 2, 1)
     norm = np.abs(evaluation.hessian).max(axis=(1, 2), initial=0.0)
-    unit = np.where(norm > 0, norm, 1.0)[:, None, None]
+    unit = np.where(norm > 0, norm, 1.0)
     above = np.where(counted, 2.0 * n, 0.0)  # lifts the directions that do not count out of the way
-    reduced = reduced / unit + above[:, :, None] * np.eye(n)
+    reduced = reduced / unit[:, None, None] + above[:, :, None] * np.eye(n)
     smallest = np.linalg.eigvalsh(reduced).min(axis=1, initial=np.inf)
     rank = counted.sum(axis=1)
     count = active.constraints.sum(axis=1) + active.fixed.sum(axis=1)
-    return Curvature(rank, count, np.where(rank == n, np.inf, smallest))
+    return Curvature(rank, count, np.where(rank == n, np.inf, smallest), null, unit)
 
 
 def surely_minimal(evaluation: Evaluation, active: ActiveSet) -> bool:

@@ -2,6 +2,11 @@
 
     min_{nu, lambda >= 0, l >= 0, r >= 0}  | grad f + J_h^T nu + J_g^T lambda - l + r |
 
+Where active rows depend on each other multipliers are not unique. Then those are taken whose Lagrangian bends
+most on the null space of the active rows, max_y tr(Z^T H(y) Z), since that is the curvature which binds (of a
+ball and a plane that touch there, the ball: Bonnans and Shapiro 2000, section 4.3: the second-order term is
+the maximum over all multipliers), and of those the ones of minimum norm.
+
 The minimum-norm solution serves if its signs are right (Gould et al. 2019, Prop. 4.5); otherwise the
 problem with signs is solved.
 """
@@ -12,12 +17,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from ddn_solvers.active_set import kink_sides
-from ddn_solvers.arrays import Array, Mask
+from ddn_solvers.active_set import ActiveSet, kink_sides
+from ddn_solvers.arrays import Array, Index, Mask
+from ddn_solvers.kkt.curvature import curvature
 from ddn_solvers.program import Program
 from ddn_solvers.residuals import Bound, Evaluation, PrimalDual
 
 _NEARLY_ACTIVE = 1e-5  # scaled slack within which a constraint may be active
+_DEPENDENT = 1e-10  # relative singular value below which rows count as dependent
 _NEARLY_ON_KINK = 1e-3  # and within which a point may lie on a kink
 
 
@@ -83,3 +90,77 @@ def _signed_least_squares(columns: Array, target: Array, free: int) -> Array:
         solution = lsq_linear(columns / norms, target, (lowest, np.inf), method="bvls").x
     result: Array = solution / norms
     return result
+
+
+def canonical_multipliers(evaluation: Evaluation, active: ActiveSet) -> PrimalDual:
+    """The same points; where the active rows are dependent, with the multipliers described above.
+
+    Args:
+        evaluation: At KKT points.
+        active: The active set there.
+    """
+    point, bent = evaluation.point, curvature(evaluation, active)
+    y, lower, upper = point.y.copy(), point.lower.copy(), point.upper.copy()
+    for i in np.flatnonzero(bent.rank < bent.rows):
+        rows, left, right = (np.flatnonzero(m[i]) for m in (active.constraints, active.lower, active.upper))
+        identity = np.eye(active.n)
+        columns = np.concatenate([evaluation.jacobian[i, rows], -identity[left], identity[right]]).T
+        known = np.concatenate([y[i, rows], lower[i, left], upper[i, right]])
+        inequality = (rows >= active.equalities) & (rows < evaluation.program.constraints)
+        signed = np.concatenate([inequality, np.ones(len(left) + len(right), dtype=bool)])
+        bend = np.concatenate(
+            [_bends(evaluation, int(i), rows, bent.null[i]), np.zeros(len(left) + len(right))]
+        )
+        chosen = _of_binding_curvature(columns, known, signed, bend)
+        y[i, rows], lower[i, left], upper[i, right] = np.split(chosen, np.cumsum([len(rows), len(left)]))
+    return replace(point, y=y, lower=lower, upper=upper)
+
+
+def _bends(evaluation: Evaluation, i: int, rows: Index, null: Array) -> Array:
+    """tr(Z^T H_j Z) of each row j of c, (rows,)."""
+    one = evaluation.take(np.array([i]))
+    weights = np.zeros((len(rows), evaluation.functions.rows))
+    weights[np.arange(len(rows)), rows] = 1.0
+    z = np.repeat(one.point.z, len(rows), axis=0)
+    inputs = [p if p.ndim == 1 else np.repeat(p, len(rows), axis=0) for p in one.inputs]
+    nonzeros = evaluation.functions.hessian(z, inputs, weights, 0.0)
+    hessians = evaluation.functions.hessian_pattern.dense(nonzeros)
+    bends: Array = np.einsum("ka,jab,kb->j", null, hessians, null)
+    return bends
+
+
+def _of_binding_curvature(columns: Array, known: Array, signed: Mask, bend: Array) -> Array:
+    """Of all y with columns y = columns known and y >= 0 where signed: see the module's docstring."""
+    norms = np.linalg.norm(columns, axis=0)
+    unit = np.where(norms > 0, norms, 1.0)
+    _, singular, right = np.linalg.svd(columns / unit)
+    free = right[int((singular > _DEPENDENT * singular.max(initial=0.0)).sum()) :].T / unit[:, None]
+    fixed = columns
+    along = bend @ free
+    if np.abs(along).max(initial=0.0) > _DEPENDENT * np.abs(bend).max(initial=0.0) * np.abs(free).max(
+        initial=1.0
+    ):
+        from scipy.optimize import linprog  # a quarter of a second to import, needed here only
+
+        found = linprog(-along, -free[signed], np.maximum(known[signed], 0), bounds=(None, None))
+        if found.status == 0:  # otherwise the curvature has no limit, and nothing can be chosen by it
+            known = known + free @ found.x
+            fixed = np.concatenate([columns, bend[None] * np.abs(columns).max() / np.abs(bend).max()])
+    return _minimum_norm(fixed, known, signed)
+
+
+def _minimum_norm(fixed: Array, known: Array, signed: Mask) -> Array:
+    """y of minimum norm with fixed y = fixed known and y >= 0 where signed; ``known`` where that is not found."""
+    target, zero = fixed @ known, np.zeros(len(known), dtype=bool)
+    for _ in known:
+        y = np.linalg.lstsq(np.where(zero, 0.0, fixed), target, rcond=_DEPENDENT)[0]
+        scale = np.abs(y).max(initial=0.0)
+        if not np.allclose(
+            fixed @ y, target, rtol=0, atol=1e-9 * max(np.abs(target).max(initial=0.0), 1e-300)
+        ):
+            return known
+        negative = signed & (y < -_DEPENDENT * scale)
+        if not negative.any():
+            return np.where(signed, np.maximum(y, 0), y)
+        zero |= negative
+    return known

@@ -16,6 +16,7 @@ import torch
 from ddn_solvers.active_set import ActiveSet, identify, off_kinks, settled
 from ddn_solvers.arrays import Array, Mask
 from ddn_solvers.kkt.curvature import curvature, surely_minimal
+from ddn_solvers.kkt.multipliers import canonical_multipliers
 from ddn_solvers.kkt.polish import kkt_system, polish
 from ddn_solvers.kkt.system import System
 from ddn_solvers.pieces import Kink
@@ -86,7 +87,12 @@ def verify(
         distance = np.where(polished.singular, evaluation.scaled_stationarity, polished.predicted)
         # Where the point could not be polished to rounding, the active set is judged less finely.
         tolerance = np.maximum(policy.activity_tolerance(dtype), 10 * evaluation.scaled)
-        active = identify(evaluation, np.where(np.isfinite(tolerance), tolerance, 0.0))
+        tolerance = np.where(np.isfinite(tolerance), tolerance, 0.0)
+        active = identify(evaluation, tolerance)
+        if polished.singular.any():
+            point = canonical_multipliers(evaluation, active)
+            evaluation = Evaluation.at(program, bound, point)
+            active = identify(evaluation, tolerance)
         evaluation = settled(evaluation, active)
         kinks = _kinks(evaluation)
         singular = polished.singular | (evaluation.vanishing & active.constraints).any(axis=1)
