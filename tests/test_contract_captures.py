@@ -833,6 +833,8 @@ def test_an_attribute_that_overrides_that_of_a_base_class_is_traced_once():
     assert len(problem.__dict__["_programs"]) == 1
 
 
+# torch's own forward-mode support compiles a few decompositions with torch.jit.script when first used
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 def test_a_problem_is_compiled_inside_a_transform():
     """Constants that the functions capture are no tensors of the transform that happens to be in force."""
     weights, offsets = torch.tensor([1.0, 2.0], dtype=torch.float64), np.array([0.5, -0.5])
