@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from ddn_solvers.problem import Problem
 
@@ -112,7 +113,8 @@ def fingerprint(value: Any, is_input: bool) -> tuple[Any, ...]:
             return ("input", tuple(value.shape))
         return ("constant", value.requires_grad, *_content(value))
     if isinstance(value, np.ndarray):
-        return ("array", *_content(torch.from_numpy(value) if value.dtype.kind in "fiu" else value))
+        with temporarily_clear_interpreter_stack():
+            return ("array", *_content(torch.from_numpy(value) if value.dtype.kind in "fiu" else value))
     if isinstance(value, _SCALARS):
         return (type(value), repr(value))
     if isinstance(value, torch.nn.Module):
@@ -133,12 +135,10 @@ def _content(value: Any) -> tuple[Any, ...]:
     if not isinstance(value, torch.Tensor):
         return (value.dtype.str, value.shape, value.tobytes() if value.dtype.kind != "O" else id(value))
     if value.device.type == "cpu" and value.numel() <= _MAX_COMPARED and not value.is_sparse:
-        data = value.detach().resolve_conj().resolve_neg().contiguous().view(-1)
-        return (
-            value.dtype,
-            tuple(value.shape),
-            data.view(torch.uint8).numpy().tobytes() if data.numel() else b"",
-        )
+        with temporarily_clear_interpreter_stack():  # else a torch.func transform in force would wrap it
+            data = value.detach().resolve_conj().resolve_neg().contiguous().view(-1)
+            content = data.view(torch.uint8).numpy().tobytes() if data.numel() else b""
+        return (value.dtype, tuple(value.shape), content)
     return (value.dtype, tuple(value.shape), id(value), None if value.is_inference() else value._version)
 
 

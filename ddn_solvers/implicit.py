@@ -67,6 +67,19 @@ class Operation:
         assert self.verified is not None
         return self.verified
 
+    def depends_on_direction(self) -> bool:
+        """Whether forward mode has to ask for directional derivatives: some sample has no linear one."""
+        verified = self.established()
+        return verified.one_sided or (
+            verified.degenerate and bool(self.linearisation(self.good).directional.any())
+        )
+
+    @property
+    def good(self) -> Index:
+        """Samples that have a derivative."""
+        verified = self.established()
+        return np.flatnonzero(verified.optimal) if self.failed else np.arange(len(verified.status))
+
     def linearisation(self, good: Index) -> Linearisation:
         """The KKT systems of the samples ``good`` of the batch that ``find`` returned, factored once."""
         if self._linearisation is None:
@@ -177,22 +190,75 @@ class _Implicit(torch.autograd.Function):
         check_derivative(operation.policy, operation.established())
         _refuse_nested_forward_mode()
         full = [torch.zeros_like(b) if t is None else t for t, b in zip(tangents, blocks, strict=True)]
-        changes = _torch_linearisation(operation, blocks, outputs).jvp(full)
+        if operation.depends_on_direction():
+            changes = _Directional.apply(operation, *full)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        else:
+            changes = _torch_linearisation(operation, blocks, outputs).jvp(full)
         scaled = [scale_rows(change, outputs.gradient_scale) for change in changes]
         return (*scaled, *(None,) * (len(outputs) - _DIFFERENTIABLE))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], operation: Operation, *blocks: torch.Tensor) -> Any:
-        size = info.batch_size
-        moved = [b if d is None else b.movedim(d, 0) for b, d in zip(blocks, in_dims[1:], strict=True)]
-        mapped = [d is not None for d in in_dims[1:]]
-        inner = max(
-            (b.shape[-2] for b, d in zip(moved, mapped, strict=True) if b.dim() - d == 2), default=None
+        return _mapped(_Implicit, info.batch_size, in_dims, operation, blocks)
+
+
+class _Directional(torch.autograd.Function):
+    """Tangents of blocks, (B, size) or shared (size,) -> tangents of the outputs; not linear, so not differentiable."""
+
+    @staticmethod
+    def forward(operation: Operation, *tangents: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        samples, good = len(operation.established().status), operation.good
+        rows = max((len(t) for t in tangents if t.dim() == 2), default=samples)
+        # Under vmap there may be several tangents a sample, one after the other for the whole batch.
+        index = np.concatenate([good + start for start in range(0, rows, samples)])
+        linearisation = operation.linearisation(good)
+        if len(index) != len(good):
+            at = np.tile(np.arange(len(good)), rows // samples)
+            linearisation = Linearisation(
+                linearisation.evaluation.take(at),
+                linearisation.active.take(at),
+                linearisation.singular[at],
+                operation.policy,
+            )
+        picked = [t.numpy() if t.dim() == 1 else t.numpy()[index] for t in tangents]
+        changes = []
+        for part in linearisation.jvp(picked):
+            whole = part.new_zeros((rows, *part.shape[1:]))
+            whole[index] = part
+            changes.append(whole)
+        return tuple(changes)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        """Nothing is kept: see ``backward``."""
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> Any:
+        raise SensitivityError(
+            "a directional derivative at a weakly active constraint is not linear in its tangent and has no "
+            "derivative; see solution.certificate"
         )
-        flat = [_flatten(b, d, size, inner) for b, d in zip(moved, mapped, strict=True)]
-        outputs = _Implicit.apply(operation, *flat)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        batch = 1 if inner is None else inner
-        return tuple(o.reshape(size, batch, *o.shape[1:]) for o in outputs), (0,) * len(outputs)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], operation: Operation, *tangents: torch.Tensor) -> Any:
+        return _mapped(_Directional, info.batch_size, in_dims, operation, tangents)
+
+
+def _mapped(
+    function: type[torch.autograd.Function],
+    size: int,
+    in_dims: tuple[Any, ...],
+    operation: Operation,
+    blocks: Sequence[torch.Tensor],
+) -> Any:
+    """vmap of an operation on blocks: the mapped dimension becomes part of its own batch."""
+    moved = [b if d is None else b.movedim(d, 0) for b, d in zip(blocks, in_dims[1:], strict=True)]
+    mapped = [d is not None for d in in_dims[1:]]
+    inner = max((b.shape[-2] for b, d in zip(moved, mapped, strict=True) if b.dim() - d == 2), default=None)
+    flat = [_flatten(b, d, size, inner) for b, d in zip(moved, mapped, strict=True)]
+    outputs = function.apply(operation, *flat)
+    batch = 1 if inner is None else inner
+    return tuple(o.reshape(size, batch, *o.shape[1:]) for o in outputs), (0,) * len(outputs)
 
 
 def _refuse_nested_forward_mode() -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import fx
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from ddn_solvers.adapter import Feature, ProblemClass, QuadraticForm
 from ddn_solvers.arrays import Array
@@ -99,7 +100,8 @@ class Program(Evaluators):
         """The smooth pieces of a compiled problem with kinks; ``None`` where it has none that are known."""
         if self.graph.module is None or not self.compiled or not self._functions.kink_terms:
             return None
-        return find_pieces(self.graph.module, len(self.variables))
+        with temporarily_clear_interpreter_stack():  # a graph may be made inside a torch.func transform
+            return find_pieces(self.graph.module, len(self.variables))
 
     @cached_property
     def smooth(self) -> Evaluators:
@@ -147,7 +149,8 @@ class Program(Evaluators):
         """
         if self.pieces is None:
             return None
-        module, rows = lift(self.pieces, len(self.variables))
+        with temporarily_clear_interpreter_stack():
+            module, rows = lift(self.pieces, len(self.variables))
         groups = len(self.pieces.first)
         problem = replace(self.problem, variables={**self.problem.variables, _LIFTED: (groups,)})
         graph = replace(

@@ -21,10 +21,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 
 from ddn_solvers.active_set import ActiveSet
 from ddn_solvers.arrays import Array, Mask
+from ddn_solvers.kkt.curvature import curvature
+from ddn_solvers.kkt.directional import Change, directional_derivative, needs_direction
 from ddn_solvers.kkt.system import System
 from ddn_solvers.policy import Policy
 from ddn_solvers.program import Program
@@ -151,11 +154,34 @@ class Linearisation:
         return self.evaluation.functions.adjoint(point.z, self.evaluation.inputs, point.y, *weights)
 
     def jvp(self, tangents: Sequence[Array]) -> tuple[torch.Tensor, ...]:
-        """Tangents of z, y, lower, upper and objective for tangents of every parameter block."""
-        point = self.evaluation.point
-        arrays = self.evaluation.functions.tangent(point.z, self.evaluation.inputs, point.y, tangents)
-        d_gradient, d_c, d_lower, d_upper = (torch.from_numpy(a) for a in arrays)
-        return solution_tangent(self.systems, d_gradient, d_c, d_lower, d_upper)
+        """Tangents of z, y, lower, upper and objective for tangents of every parameter block, (B, size) each.
+
+        The true directional derivative, also where it is not linear in the tangents (``directional.py``).
+        """
+        change = Change.along(self.evaluation, tangents)
+        parts = solution_tangent(
+            self.systems,
+            *(torch.from_numpy(a) for a in (change.gradient, change.constraints, change.lower, change.upper)),
+        )
+        for i in np.flatnonzero(self.directional):
+            one, rows = np.array([i]), [t if t.ndim == 1 else t[[i]] for t in tangents]
+            found = directional_derivative(self.evaluation.take(one), self.active.take(one), rows)
+            if found is not None:
+                for part, row in zip(parts, found, strict=True):
+                    part[i] = torch.from_numpy(row)
+        gradient = torch.from_numpy(self.evaluation.first.gradient)
+        objective = torch.from_numpy(change.objective[:, 0]) + (gradient * parts[0]).sum(-1)
+        return (*parts, objective)
+
+    @cached_property
+    def directional(self) -> Mask:
+        """Samples whose derivative depends on the direction, (B,)."""
+        dependent = np.zeros(len(self.singular), dtype=bool)
+        if self.singular.any():
+            bent = curvature(self.evaluation, self.active)
+            dependent = self.singular & (bent.rank < bent.rows)
+        found: Mask = needs_direction(self.active, dependent)
+        return found
 
 
 def solution_tangent(

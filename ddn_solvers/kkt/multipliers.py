@@ -13,7 +13,7 @@ problem with signs is solved.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -92,6 +92,57 @@ def _signed_least_squares(columns: Array, target: Array, free: int) -> Array:
     return result
 
 
+@dataclass(frozen=True)
+class _ActiveRows:
+    """The active rows of one sample, bounds included, with their multipliers.
+
+    Attributes:
+        columns: Their gradients, (n, rows).
+        known: Their multipliers, (rows,).
+        signed: Which of those are nonnegative, (rows,).
+        free: Directions in which the multipliers are not determined, (rows, d).
+        bend: tr(Z^T H_j Z) of each row, (rows,), Z spanning the null space of all of them.
+    """
+
+    index: tuple[Index, Index, Index]  # of c, lower bounds, upper bounds
+    columns: Array
+    known: Array
+    signed: Mask
+    free: Array
+    bend: Array
+
+    @staticmethod
+    def of(evaluation: Evaluation, active: ActiveSet, i: int, null: Array) -> _ActiveRows:
+        point, identity = evaluation.point, np.eye(active.n)
+        rows, left, right = (np.flatnonzero(m[i]) for m in (active.constraints, active.lower, active.upper))
+        columns = np.concatenate([evaluation.jacobian[i, rows], -identity[left], identity[right]]).T
+        known = np.concatenate([point.y[i, rows], point.lower[i, left], point.upper[i, right]])
+        inequality = (rows >= active.equalities) & (rows < evaluation.program.constraints)
+        signed = np.concatenate([inequality, np.ones(len(left) + len(right), dtype=bool)])
+        bend = np.concatenate([_bends(evaluation, i, rows, null), np.zeros(len(left) + len(right))])
+        norms = np.linalg.norm(columns, axis=0)
+        unit = np.where(norms > 0, norms, 1.0)
+        _, singular, rotated = np.linalg.svd(columns / unit)
+        rank = int((singular > _DEPENDENT * singular.max(initial=0.0)).sum())
+        return _ActiveRows(
+            (rows, left, right), columns, known, signed, rotated[rank:].T / unit[:, None], bend
+        )
+
+    def put(self, point: PrimalDual, i: int, values: Array) -> None:
+        """Write multipliers into sample ``i`` of a point."""
+        rows, left, right = self.index
+        cuts = np.cumsum([len(rows), len(left)])
+        point.y[i, rows], point.lower[i, left], point.upper[i, right] = np.split(values, cuts)
+
+    def largest(self, gain: Array) -> Array | None:
+        """Multipliers that maximise ``gain`` (d,) along ``free``; ``None`` if there is no limit."""
+        from scipy.optimize import linprog  # a quarter of a second to import, needed here only
+
+        limits = np.maximum(self.known[self.signed], 0)
+        found = linprog(-gain, -self.free[self.signed], limits, bounds=(None, None))
+        return self.known + self.free @ found.x if found.status == 0 else None
+
+
 def canonical_multipliers(evaluation: Evaluation, active: ActiveSet) -> PrimalDual:
     """The same points; where the active rows are dependent, with the multipliers described above.
 
@@ -99,21 +150,39 @@ def canonical_multipliers(evaluation: Evaluation, active: ActiveSet) -> PrimalDu
         evaluation: At KKT points.
         active: The active set there.
     """
-    point, bent = evaluation.point, curvature(evaluation, active)
-    y, lower, upper = point.y.copy(), point.lower.copy(), point.upper.copy()
+    bent = curvature(evaluation, active)
+    point = PrimalDual(**{name: values.copy() for name, values in vars(evaluation.point).items()})
     for i in np.flatnonzero(bent.rank < bent.rows):
-        rows, left, right = (np.flatnonzero(m[i]) for m in (active.constraints, active.lower, active.upper))
-        identity = np.eye(active.n)
-        columns = np.concatenate([evaluation.jacobian[i, rows], -identity[left], identity[right]]).T
-        known = np.concatenate([y[i, rows], lower[i, left], upper[i, right]])
-        inequality = (rows >= active.equalities) & (rows < evaluation.program.constraints)
-        signed = np.concatenate([inequality, np.ones(len(left) + len(right), dtype=bool)])
-        bend = np.concatenate(
-            [_bends(evaluation, int(i), rows, bent.null[i]), np.zeros(len(left) + len(right))]
-        )
-        chosen = _of_binding_curvature(columns, known, signed, bend)
-        y[i, rows], lower[i, left], upper[i, right] = np.split(chosen, np.cumsum([len(rows), len(left)]))
-    return replace(point, y=y, lower=lower, upper=upper)
+        rows = _ActiveRows.of(evaluation, active, int(i), bent.null[i])
+        rows.put(point, int(i), _of_binding_curvature(rows))
+    return point
+
+
+def steepest_multipliers(
+    evaluation: Evaluation, active: ActiveSet, dc: Array, lower: Array, upper: Array
+) -> PrimalDual | None:
+    """The multipliers of one sample (B = 1) that maximise d_p L = y^T dc + l^T d lower - r^T d upper.
+
+    Returns:
+        The point itself where they are unique; ``None`` where d_p L has no limit: no solution is near in
+        that direction.
+    """
+    bent = curvature(evaluation, active)
+    if bent.rank[0] == bent.rows[0]:
+        return evaluation.point
+    rows = _ActiveRows.of(evaluation, active, 0, bent.null[0])
+    c, left, right = rows.index
+    change = np.concatenate([dc[c], lower[left], -upper[right]]) @ rows.free
+    curved = rows.bend @ rows.free  # decides between those that are equally steep
+    size = np.abs(curved).max(initial=0.0)
+    if size > 0:
+        change = change + 1e-7 * max(np.abs(change).max(), 1e-300) * curved / size
+    chosen = rows.largest(change)
+    if chosen is None:
+        return None
+    point = PrimalDual(**{name: values.copy() for name, values in vars(evaluation.point).items()})
+    rows.put(point, 0, chosen)
+    return point
 
 
 def _bends(evaluation: Evaluation, i: int, rows: Index, null: Array) -> Array:
@@ -129,24 +198,16 @@ def _bends(evaluation: Evaluation, i: int, rows: Index, null: Array) -> Array:
     return bends
 
 
-def _of_binding_curvature(columns: Array, known: Array, signed: Mask, bend: Array) -> Array:
-    """Of all y with columns y = columns known and y >= 0 where signed: see the module's docstring."""
-    norms = np.linalg.norm(columns, axis=0)
-    unit = np.where(norms > 0, norms, 1.0)
-    _, singular, right = np.linalg.svd(columns / unit)
-    free = right[int((singular > _DEPENDENT * singular.max(initial=0.0)).sum()) :].T / unit[:, None]
-    fixed = columns
-    along = bend @ free
-    if np.abs(along).max(initial=0.0) > _DEPENDENT * np.abs(bend).max(initial=0.0) * np.abs(free).max(
-        initial=1.0
-    ):
-        from scipy.optimize import linprog  # a quarter of a second to import, needed here only
-
-        found = linprog(-along, -free[signed], np.maximum(known[signed], 0), bounds=(None, None))
-        if found.status == 0:  # otherwise the curvature has no limit, and nothing can be chosen by it
-            known = known + free @ found.x
-            fixed = np.concatenate([columns, bend[None] * np.abs(columns).max() / np.abs(bend).max()])
-    return _minimum_norm(fixed, known, signed)
+def _of_binding_curvature(rows: _ActiveRows) -> Array:
+    """The canonical multipliers of one sample."""
+    fixed, known, curved = rows.columns, rows.known, rows.bend @ rows.free
+    bend = np.abs(rows.bend).max(initial=0.0)
+    if np.abs(curved).max(initial=0.0) > _DEPENDENT * bend * np.abs(rows.free).max(initial=0.0):
+        binding = rows.largest(curved)
+        if binding is not None:  # otherwise the curvature has no limit, and nothing can be chosen by it
+            fixed = np.concatenate([fixed, rows.bend[None] * np.abs(fixed).max() / bend])
+            known = binding
+    return _minimum_norm(fixed, known, rows.signed)
 
 
 def _minimum_norm(fixed: Array, known: Array, signed: Mask) -> Array:

@@ -8,7 +8,7 @@ of a smooth piece sigma and tau as well, in which nothing is differentiated), c 
     hessian      (z, p.., y, sigma)          -> nonzeros of the Hessian of sigma f + y^T c
     bounds       (p..)                       -> lower, upper
     adjoint      (z, p.., y, w, s, sl, su, e)-> d/dp_i [ e f - w^T grad_z (f + y^T c) - s^T c - sl^T lower + su^T upper ]
-    tangent      (z, p.., y, dp..)           -> directional derivatives of grad_z (f + y^T c), c, lower, upper
+    tangent      (z, p.., y, dp..)           -> directional derivatives of f, grad_z (f + y^T c), c, lower, upper
     kink_weights (z, p.., y)                 -> d/dtau (f + y^T c), tau being the last block; for smooth pieces
     kinks        (z, p..)                    -> residuals that vanish where a term is not differentiable
 
@@ -153,7 +153,7 @@ class SymbolicFunctions:
         dp = [ca.MX.sym(f"dp{i}", p.numel()) for i, p in enumerate(parameters)]
         gradient = ca.gradient(self.f + ca.dot(self.y, self.c), self.z)
         outputs = []
-        for expression in (gradient, self.c, self.lower, self.upper):
+        for expression in (self.f, gradient, self.c, self.lower, self.upper):
             directional = ca.MX.zeros(expression.numel())
             for p, direction in zip(parameters, dp, strict=True):
                 directional += ca.jtimes(expression, p, direction)
