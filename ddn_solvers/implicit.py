@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ddn_solvers.arrays import Array, Index
+from ddn_solvers.arrays import Array, Index, Mask
 from ddn_solvers.errors import DegeneracyWarning, SensitivityError, warn_caller
-from ddn_solvers.kkt.derivative import Cotangents, Linearisation, Multipliers, TorchLinearisation, scale_rows
+from ddn_solvers.kkt.conditions import Cotangents, Multipliers
+from ddn_solvers.kkt.derivative import Linearisation, TorchLinearisation, scale_rows
 from ddn_solvers.kkt.verify import Verified, on_chosen_pieces
 from ddn_solvers.policy import Policy
 from ddn_solvers.program import Program
@@ -34,7 +35,7 @@ class Outputs(NamedTuple):
     pieces: torch.Tensor  # (B, k), see PrimalDual
     sides: torch.Tensor  # (B, q + k + 2n) bool, see ActiveSet
     weak: torch.Tensor  # (B, q + k + 2n) bool
-    singular: torch.Tensor  # (B,) bool
+    singular: torch.Tensor  # (B, 2) bool: with and without the weakly active rows
     gradient_scale: torch.Tensor  # (B,): 1; 0 for masked and NaN for failed samples
     converged: torch.Tensor  # (B,) bool
     residuals: torch.Tensor  # (B, 3): stationarity, feasibility, complementarity, unscaled
@@ -53,6 +54,7 @@ class Operation:
         find: Parameter blocks, (B, size) or shared (size,), to outputs.
         verified: Set by ``find``: what was established about the points it returned.
         failed: Set by ``find``: some sample has no derivative (masked or NaN).
+        any_singular: Set by ``find``: some KKT matrix is singular, with or without weakly active rows.
     """
 
     program: Program
@@ -60,6 +62,7 @@ class Operation:
     find: Callable[[tuple[Array, ...]], Outputs]
     verified: Verified | None = None
     failed: bool = False
+    any_singular: bool = False
     _linearisation: Linearisation | None = None
 
     def established(self) -> Verified:
@@ -101,9 +104,7 @@ def check_derivative(policy: Policy, verified: Verified) -> None:
         SensitivityError: The policy refuses it.
     """
     if policy.smoothing > 0:
-        raise SensitivityError(
-            "policy.smoothing is not available in this version; set it to 0 for the exact derivative"
-        )
+        return  # what is smoothed is neither one-sided nor singular
     if verified.one_sided and policy.weakly_active == "raise":
         raise SensitivityError(
             "a constraint is weakly active (neither slack nor multiplier), so the derivative is one-sided. "
@@ -139,8 +140,22 @@ def outputs_of(operation: Operation, verified: Verified) -> Outputs:
         for array in arrays:
             array[~converged] = np.nan
     norms = np.stack(evaluation.norms, axis=1)
-    rest = [point.pieces, active.sides, active.weak, verified.singular, scale, converged, norms]
+    singular = np.stack([verified.singular, _singular_without_weak(operation, verified)], axis=1)
+    rest = [point.pieces, active.sides, active.weak, singular, scale, converged, norms]
     return Outputs(*(torch.from_numpy(np.ascontiguousarray(a)) for a in (*arrays, *rest)))
+
+
+def _singular_without_weak(operation: Operation, verified: Verified) -> Mask:
+    """Singular samples of the system without the weakly active rows, where the policy asks for it, (B,)."""
+    singular = verified.singular.copy()
+    weak = np.flatnonzero(verified.active.weak.any(axis=1) & verified.optimal)
+    if weak.size and operation.policy.weakly_active in ("inactive", "mean"):
+        here = Linearisation(
+            verified.evaluation.take(weak), verified.active.take(weak), singular[weak], operation.policy
+        )
+        singular[weak] = here.singular_without_weak
+    operation.any_singular = bool(singular.any() or verified.singular.any())
+    return singular
 
 
 def apply(operation: Operation, blocks: Sequence[torch.Tensor]) -> Outputs:
@@ -335,7 +350,7 @@ def _torch_linearisation(
         outputs.sides,
         outputs.weak,
         outputs.singular,
-        bool(operation.established().singular.any()),
+        operation.any_singular,
         operation.policy,
     )
 

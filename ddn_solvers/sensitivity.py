@@ -23,7 +23,8 @@ from ddn_solvers.binding import Binding, as_tensor, bind, check_finite, flat_bat
 from ddn_solvers.certificate import Certificate, certify
 from ddn_solvers.errors import ConvergenceWarning, ProblemError, SensitivityError, warn_caller
 from ddn_solvers.implicit import Operation, Outputs, apply, check_derivative, outputs_of
-from ddn_solvers.kkt.derivative import Cotangents, Linearisation
+from ddn_solvers.kkt.conditions import Cotangents
+from ddn_solvers.kkt.derivative import Linearisation
 from ddn_solvers.kkt.multipliers import least_squares_multipliers, with_kink_forces
 from ddn_solvers.kkt.verify import Verified, on_chosen_pieces, verify
 from ddn_solvers.layout import Layout

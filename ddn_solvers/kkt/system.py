@@ -53,6 +53,7 @@ class System:
         any_singular: With ``singular`` given: whether any is. (A transformed tensor cannot be asked.)
         transformed: The tensors may be under torch.func transforms.
         linear_solver: As in ``Policy``.
+        corner: Diagonal in place of the zero block, (B, m), <= 0; none is zero.
         proximal: Added to the diagonal of H of singular samples instead of taking the pseudo-inverse.
     """
 
@@ -68,10 +69,12 @@ class System:
         transformed: bool = False,
         linear_solver: Any = "auto",
         proximal: float | None = None,
+        corner: torch.Tensor | None = None,
     ) -> None:
         self.hessian, self.jacobian, self.active, self.fixed = hessian, jacobian, active, fixed
         kept = torch.cat([~fixed, active], dim=-1)
-        matrix = _bordered(hessian, jacobian, kept)
+        matrix = _bordered(hessian, jacobian, kept, corner)
+        self._corner = corner
         self._any_fixed = transformed or bool(fixed.any())
         self._scale = equilibrate(matrix, torch.where(kept, _units(hessian, jacobian), 1.0))
         scaled = matrix * self._scale.unsqueeze(-1) * self._scale.unsqueeze(-2)
@@ -92,7 +95,13 @@ class System:
         identity = torch.eye(scaled.shape[-1], dtype=scaled.dtype).expand_as(scaled)
         self._state = self._solver.init(torch.where(pick.unsqueeze(-1), identity, scaled))
         hessian, jacobian = (torch.where(pick.unsqueeze(-1), t, 0.0) for t in (self.hessian, self.jacobian))
-        self._degenerate = Degenerate(hessian, jacobian, self.active & pick, self.fixed & pick, proximal)
+        active = self.active & pick
+        if self._corner is not None:  # rows with a corner entry are a part of the Hessian
+            soft = active & (self._corner != 0)
+            stiffness = torch.where(soft, -1 / torch.where(soft, self._corner, 1.0), 0.0)
+            hessian = hessian + jacobian.mT @ (stiffness.unsqueeze(-1) * jacobian)
+            active = active & ~soft
+        self._degenerate = Degenerate(hessian, jacobian, active, self.fixed & pick, proximal)
 
     def moved(self, hessian: torch.Tensor, jacobian: torch.Tensor) -> System:
         """The system of a nearby point with the same active set: this factorization, refined (regular only)."""
@@ -161,11 +170,13 @@ def _solver(choice: Any, transformed: bool) -> LinearSolver:
     return {"sparse": SparseLU, "iterative": Iterative}.get(choice, DenseLU)()
 
 
-def _bordered(hessian: torch.Tensor, jacobian: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+def _bordered(
+    hessian: torch.Tensor, jacobian: torch.Tensor, kept: torch.Tensor, corner: torch.Tensor | None
+) -> torch.Tensor:
     """The matrix with rows and columns of the identity in place of what is not ``kept``, (B, n + m)."""
-    corner = jacobian.new_zeros((*jacobian.shape[:-1], jacobian.shape[-2]))
+    block = torch.diag_embed(torch.zeros_like(jacobian[..., 0]) if corner is None else corner)
     top = torch.cat([hessian, jacobian.transpose(-1, -2)], dim=-1)
-    whole = torch.cat([top, torch.cat([jacobian, corner], dim=-1)], dim=-2)
+    whole = torch.cat([top, torch.cat([jacobian, block], dim=-1)], dim=-2)
     masked = torch.where(kept.unsqueeze(-1) & kept.unsqueeze(-2), whole, 0.0)
     return masked + torch.diag_embed((~kept).to(whole.dtype))
 
