@@ -19,7 +19,7 @@ import numpy as np
 
 from ddn_solvers.active_set import ActiveSet, kink_sides
 from ddn_solvers.arrays import Array, Index, Mask
-from ddn_solvers.kkt.curvature import curvature
+from ddn_solvers.kkt.curvature import Curvature, curvature
 from ddn_solvers.program import Program
 from ddn_solvers.residuals import Bound, Evaluation, PrimalDual
 
@@ -101,7 +101,6 @@ class _ActiveRows:
         known: Their multipliers, (rows,).
         signed: Which of those are nonnegative, (rows,).
         free: Directions in which the multipliers are not determined, (rows, d).
-        bend: tr(Z^T H_j Z) of each row, (rows,), Z spanning the null space of all of them.
     """
 
     index: tuple[Index, Index, Index]  # of c, lower bounds, upper bounds
@@ -109,30 +108,38 @@ class _ActiveRows:
     known: Array
     signed: Mask
     free: Array
-    bend: Array
 
     @staticmethod
-    def of(evaluation: Evaluation, active: ActiveSet, i: int, null: Array) -> _ActiveRows:
+    def of(evaluation: Evaluation, active: ActiveSet, i: int) -> _ActiveRows:
         point, identity = evaluation.point, np.eye(active.n)
         rows, left, right = (np.flatnonzero(m[i]) for m in (active.constraints, active.lower, active.upper))
         columns = np.concatenate([evaluation.jacobian[i, rows], -identity[left], identity[right]]).T
         known = np.concatenate([point.y[i, rows], point.lower[i, left], point.upper[i, right]])
         inequality = (rows >= active.equalities) & (rows < evaluation.program.constraints)
         signed = np.concatenate([inequality, np.ones(len(left) + len(right), dtype=bool)])
-        bend = np.concatenate([_bends(evaluation, i, rows, null), np.zeros(len(left) + len(right))])
         norms = np.linalg.norm(columns, axis=0)
         unit = np.where(norms > 0, norms, 1.0)
         _, singular, rotated = np.linalg.svd(columns / unit)
         rank = int((singular > _DEPENDENT * singular.max(initial=0.0)).sum())
-        return _ActiveRows(
-            (rows, left, right), columns, known, signed, rotated[rank:].T / unit[:, None], bend
-        )
+        return _ActiveRows((rows, left, right), columns, known, signed, rotated[rank:].T / unit[:, None])
 
     def put(self, point: PrimalDual, i: int, values: Array) -> None:
         """Write multipliers into sample ``i`` of a point."""
         rows, left, right = self.index
         cuts = np.cumsum([len(rows), len(left)])
         point.y[i, rows], point.lower[i, left], point.upper[i, right] = np.split(values, cuts)
+
+    def bends(self, evaluation: Evaluation, i: int, null: Array) -> Array:
+        """tr(Z^T H_j Z) of each row, (rows,), Z^T being ``null``: bounds are straight."""
+        rows, one = self.index[0], evaluation.take(np.array([i]))
+        weights = np.zeros((len(rows), evaluation.functions.rows))
+        weights[np.arange(len(rows)), rows] = 1.0
+        z = np.repeat(one.point.z, len(rows), axis=0)
+        inputs = [p if p.ndim == 1 else np.repeat(p, len(rows), axis=0) for p in one.inputs]
+        nonzeros = evaluation.functions.hessian(z, inputs, weights, 0.0)
+        hessians = evaluation.functions.hessian_pattern.dense(nonzeros)
+        straight = np.zeros(len(self.known) - len(rows))
+        return np.concatenate([np.einsum("ka,jab,kb->j", null, hessians, null), straight])
 
     def largest(self, gain: Array) -> Array | None:
         """Multipliers that maximise ``gain`` (d,) along ``free``; ``None`` if there is no limit."""
@@ -141,6 +148,21 @@ class _ActiveRows:
         limits = np.maximum(self.known[self.signed], 0)
         found = linprog(-gain, -self.free[self.signed], limits, bounds=(None, None))
         return self.known + self.free @ found.x if found.status == 0 else None
+
+
+def dependent_rows(evaluation: Evaluation, active: ActiveSet, bent: Curvature) -> tuple[Mask, Mask, Mask]:
+    """Active rows of c, lower and upper bounds whose gradients depend on those of others, as masks of each."""
+    found = tuple(np.zeros_like(mask) for mask in (active.constraints, active.lower, active.upper))
+    for i in np.flatnonzero(bent.rank < bent.rows):
+        rows = _ActiveRows.of(evaluation, active, int(i))
+        norms = np.linalg.norm(rows.columns, axis=0)
+        share = np.abs(rows.free * norms[:, None]).max(axis=1, initial=0.0)
+        involved = (share > 1e-8 * share.max(initial=0.0)) | (norms <= 1e-300)
+        cuts = np.cumsum([len(index) for index in rows.index[:2]])
+        for mask, index, part in zip(found, rows.index, np.split(involved, cuts), strict=True):
+            mask[i, index] = part
+    rows_of_c, lower, upper = found
+    return rows_of_c, lower, upper
 
 
 def canonical_multipliers(evaluation: Evaluation, active: ActiveSet) -> PrimalDual:
@@ -153,8 +175,8 @@ def canonical_multipliers(evaluation: Evaluation, active: ActiveSet) -> PrimalDu
     bent = curvature(evaluation, active)
     point = PrimalDual(**{name: values.copy() for name, values in vars(evaluation.point).items()})
     for i in np.flatnonzero(bent.rank < bent.rows):
-        rows = _ActiveRows.of(evaluation, active, int(i), bent.null[i])
-        rows.put(point, int(i), _of_binding_curvature(rows))
+        rows = _ActiveRows.of(evaluation, active, int(i))
+        rows.put(point, int(i), _of_binding_curvature(rows, rows.bends(evaluation, int(i), bent.null[i])))
     return point
 
 
@@ -170,10 +192,12 @@ def steepest_multipliers(
     bent = curvature(evaluation, active)
     if bent.rank[0] == bent.rows[0]:
         return evaluation.point
-    rows = _ActiveRows.of(evaluation, active, 0, bent.null[0])
+    rows = _ActiveRows.of(evaluation, active, 0)
     c, left, right = rows.index
     change = np.concatenate([dc[c], lower[left], -upper[right]]) @ rows.free
-    curved = rows.bend @ rows.free  # decides between those that are equally steep
+    curved = (
+        rows.bends(evaluation, 0, bent.null[0]) @ rows.free
+    )  # decides between those that are equally steep
     size = np.abs(curved).max(initial=0.0)
     if size > 0:
         change = change + 1e-7 * max(np.abs(change).max(), 1e-300) * curved / size
@@ -185,27 +209,14 @@ def steepest_multipliers(
     return point
 
 
-def _bends(evaluation: Evaluation, i: int, rows: Index, null: Array) -> Array:
-    """tr(Z^T H_j Z) of each row j of c, (rows,)."""
-    one = evaluation.take(np.array([i]))
-    weights = np.zeros((len(rows), evaluation.functions.rows))
-    weights[np.arange(len(rows)), rows] = 1.0
-    z = np.repeat(one.point.z, len(rows), axis=0)
-    inputs = [p if p.ndim == 1 else np.repeat(p, len(rows), axis=0) for p in one.inputs]
-    nonzeros = evaluation.functions.hessian(z, inputs, weights, 0.0)
-    hessians = evaluation.functions.hessian_pattern.dense(nonzeros)
-    bends: Array = np.einsum("ka,jab,kb->j", null, hessians, null)
-    return bends
-
-
-def _of_binding_curvature(rows: _ActiveRows) -> Array:
-    """The canonical multipliers of one sample."""
-    fixed, known, curved = rows.columns, rows.known, rows.bend @ rows.free
-    bend = np.abs(rows.bend).max(initial=0.0)
-    if np.abs(curved).max(initial=0.0) > _DEPENDENT * bend * np.abs(rows.free).max(initial=0.0):
+def _of_binding_curvature(rows: _ActiveRows, bends: Array) -> Array:
+    """The canonical multipliers of one sample; ``bends`` is what each of its rows adds to the trace."""
+    fixed, known, curved = rows.columns, rows.known, bends @ rows.free
+    largest = np.abs(bends).max(initial=0.0)
+    if np.abs(curved).max(initial=0.0) > _DEPENDENT * largest * np.abs(rows.free).max(initial=0.0):
         binding = rows.largest(curved)
         if binding is not None:  # otherwise the curvature has no limit, and nothing can be chosen by it
-            fixed = np.concatenate([fixed, rows.bend[None] * np.abs(fixed).max() / bend])
+            fixed = np.concatenate([fixed, bends[None] * np.abs(fixed).max() / largest])
             known = binding
     return _minimum_norm(fixed, known, rows.signed)
 

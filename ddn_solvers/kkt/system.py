@@ -139,6 +139,18 @@ class System:
         q = _times(self.hessian, x) + _times(self.jacobian.transpose(-1, -2), t) - a
         return Step(x, t, torch.where(self.fixed, q, 0.0))
 
+    def error(self) -> torch.Tensor:
+        """|K x - b| / |b| of the solution for a fixed right-hand side in the range of K, (B,)."""
+        n, size = self.hessian.shape[-1], self._scale.shape[-1]
+        there = torch.cos(1.0 + torch.arange(size, dtype=self._scale.dtype) ** 2).expand_as(self._scale)
+        kept = torch.cat([torch.ones_like(self.fixed), self.active], dim=-1)
+        rhs = self._product(torch.where(kept, there, 0.0))
+        step = self.solve(rhs[..., :n], rhs[..., n:], rhs[..., :n])
+        left = self._product(torch.cat([step.x, step.t], dim=-1)) - rhs
+        return torch.linalg.vector_norm(left, dim=-1) / torch.linalg.vector_norm(rhs, dim=-1).clamp(
+            min=1e-300
+        )
+
     def _factored(self, rhs: torch.Tensor) -> torch.Tensor:
         return self._scale * self._solver.compute(self._state, self._scale * rhs)
 
