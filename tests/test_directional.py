@@ -397,3 +397,39 @@ def test_a_sample_that_is_singular_without_its_weak_rows(choice: str) -> None:
         return ddn.attach(problem, {"x": x}, point, policy)["u"]
 
     close(quietly(torch.func.jacrev(attached), x.detach()), expected)
+
+
+@pytest.mark.parametrize(("choice", "slope", "bend"), [("active", 0.0, 0.0), ("inactive", 1.0, -2.0)])
+def test_second_derivatives_are_those_of_the_chosen_side(choice: str, slope: float, bend: float) -> None:
+    """u - x + u^2 = 0 where u is free: u' = 1 / (1 + 2 u), u'' = -2 / (1 + 2 u)^3, at u = x = 0 on the bound."""
+    problem = ddn.Problem(
+        {"u": (2,)},
+        {"x": (2,)},
+        lambda u, x: (0.5 * (u - x).square() + u**3 / 3).sum(),
+        bounds={"u": (0.0, None)},
+    )
+    policy = ddn.Policy(weakly_active=choice)
+    x = torch.zeros(2, dtype=D)
+
+    def total(x: torch.Tensor) -> torch.Tensor:
+        return ddn.attach(problem, {"x": x}, torch.zeros(2, dtype=D), policy)["u"].sum()
+
+    close(quietly(torch.func.grad(total), x), [slope, slope])
+    for hessian in (torch.func.hessian(total), torch.func.jacrev(torch.func.jacrev(total))):
+        close(quietly(hessian, x), torch.diag(vector(bend, bend)))
+    close(quietly(torch.autograd.functional.hessian, total, x), torch.diag(vector(bend, bend)))
+
+
+@pytest.mark.parametrize("solver", ["casadi:ipopt", "scipy:SLSQP", "cvxpy:CLARABEL"])
+def test_the_choices_are_the_one_sided_values_of_re_solves(solver: str) -> None:
+    """Halfspace through x: to the inside the identity ("inactive"), to the outside the projection ("active")."""
+    half = ddn.Problem(
+        {"u": (3,)}, {"x": (3,)}, lambda u, x: 0.5 * (u - x).square().sum(), inequality=lambda u: u.sum()
+    )
+    x = vector(1.0, -0.4, -0.6)
+    for choice, side in (("active", 1.0), ("inactive", -1.0)):
+        found = ddn.sensitivity(half, {"x": x}, x, policy=ddn.Policy(weakly_active=choice))
+        jacobian = quietly(found.jacobian, "u", "x")
+        for d in (side * vector(1.0, 1.0, 0.5), side * vector(0.2, -0.1, 1.0)):
+            moved = one_sided(half, {"x": x}, {"x": d}, solver, 1e-4)[:3]
+            close(jacobian @ d, moved, 1e-7)
