@@ -21,14 +21,6 @@ CONVEX = [*NLP, "cvxpy:CLARABEL"]
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 
 
-def known_bug(*values: Any, reason: str) -> Any:
-    """A case that is wrong on the branch point; strict, so that mending it calls for removing this mark."""
-    return pytest.param(*values, marks=pytest.mark.xfail(reason=reason, strict=True))
-
-
-UNITS = "kkt/degenerate.py decides the rank on rows that are not normalised"
-
-
 def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -150,7 +142,7 @@ def test_more_rows_than_variables_are_least_squares(consistent: bool) -> None:
 
 
 @pytest.mark.parametrize("objective", [1e-6, 1.0, 1e6])
-@pytest.mark.parametrize("row", [1e-6, 1e-4, 1e4, known_bug(1e6, reason=UNITS), known_bug(1e8, reason=UNITS)])
+@pytest.mark.parametrize("row", [1e-6, 1e-4, 1e4, 1e6, 1e8])
 def test_units_of_objective_and_rows_do_not_decide_the_rank(objective: float, row: float) -> None:
     """One independent row in another unit, next to a repeated one: x stays what it is."""
     n = 8
@@ -279,11 +271,8 @@ def test_repeated_rows_share_their_multiplier_equally(solver: str) -> None:
     close(solution.dual.inequality["inequality1"], 3 * force / 10)
 
 
-HUGE = "a point with multipliers +-6e13 of two equal rows passes: their rounding hides stationarity 1e-2"
-
-
 @pytest.mark.parametrize("solver", ["casadi:ipopt"])  # SLSQP stops at dependent equalities, and says so
-@pytest.mark.parametrize("k", [known_bug(2, reason=HUGE), 3])
+@pytest.mark.parametrize("k", [2, 3])
 def test_orthogonal_frames_with_all_k_squared_equations(k: int, solver: str) -> None:
     """Nearest frame to X, written with U^T U = I (symmetric: K (K - 1) / 2 rows too many): X = U S V^T gives U V^T."""
     n = 4
@@ -360,10 +349,7 @@ def test_the_redundant_marginal_of_a_transport_problem(entropic: bool, solver: s
 # -- multipliers that are not unique ----------------------------------------------------------------------
 
 
-TANGENT = "1e-8 away from the touching point the rows count as independent (1e-10), the matrix as singular"
-
-
-@pytest.mark.parametrize("solver", ["casadi:ipopt", known_bug("scipy:SLSQP", reason=TANGENT)])
+@pytest.mark.parametrize("solver", ["casadi:ipopt", "scipy:SLSQP"])
 @pytest.mark.parametrize("order", ["ball first", "plane first"])
 def test_of_two_tangent_constraints_the_curvature_that_binds(order: str, solver: str) -> None:
     """max u1 + p u2 with |u|^2 <= 1 and u1 <= 1 at (1, 0): the ball moves it, du2/dp = 1."""
@@ -553,12 +539,7 @@ def test_the_objectives_unit_changes_no_pseudo_inverse(scale: float) -> None:
 # -- every mode, every batch ----------------------------------------------------------------------------------
 
 
-ROUNDING = "where nothing acts, a multiplier of 1e-16 is refused as scaled stationarity 0.5"
-
-
-@pytest.mark.parametrize(
-    "solver", ["casadi:ipopt", "cvxpy:CLARABEL", known_bug("scipy:SLSQP", reason=ROUNDING)]
-)
+@pytest.mark.parametrize("solver", ["casadi:ipopt", "cvxpy:CLARABEL", "scipy:SLSQP"])
 def test_regular_samples_of_a_mixed_batch_are_exact(solver: str) -> None:
     """Weights w of (w u - x)^2: zero makes a sample flat; the others are as if alone."""
     problem = ddn.Problem(
@@ -599,7 +580,7 @@ def test_vjp_jvp_and_torch_func_agree_where_rows_are_dependent(name: str) -> Non
         close(quietly(transform(solved), x), jacobian)
 
 
-@pytest.mark.parametrize("solver", [known_bug("casadi:ipopt", reason=HUGE)])
+@pytest.mark.parametrize("solver", ["casadi:ipopt"])
 def test_second_derivatives_where_rows_are_dependent(solver: str) -> None:
     """The sphere written twice: y = x / |x|, to second order."""
     problem = ddn.Problem(

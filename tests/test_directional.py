@@ -241,12 +241,6 @@ def test_nonlinear_problems_with_weak_constraints(seed: int, solver: str) -> Non
     close(forward(curved(), p, dp, solver, initial=x), expected, atol=1e-5)
 
 
-def known_bug(*values: Any) -> Any:
-    """Weak rows of the canonical multipliers stay weak though the steepest ones press on them; strict."""
-    reason = "kkt/directional.py adds to the weakly active rows where it should decide them anew"
-    return pytest.param(*values, marks=pytest.mark.xfail(reason=reason, strict=True))
-
-
 TANGENT = ddn.Problem(
     {"u": (2,)},
     {"x": (2,), "r": (), "b": ()},
@@ -258,11 +252,11 @@ TANGENT = ddn.Problem(
 @pytest.mark.parametrize(
     ("dr", "db", "expected"),
     [
-        known_bug(1.0, 0.5, (0.5, 1.0)),  # the plane moves in front of the ball
+        (1.0, 0.5, (0.5, 1.0)),  # the plane moves in front of the ball
         (0.5, 1.0, (0.5, 1 / 3)),
         (0.0, 0.0, (0.0, 1 / 3)),  # the ball is behind the plane all around
         (-1.0, -0.2, (-1.0, 1 / 3)),
-        known_bug(-0.2, -1.0, (-1.0, 1.0)),
+        (-0.2, -1.0, (-1.0, 1.0)),
     ],
 )
 def test_multipliers_that_are_not_unique_are_chosen_by_the_direction(

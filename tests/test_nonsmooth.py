@@ -121,11 +121,16 @@ def segments(x, w):
         wrong = ~free & (jump * bound.sign() < -1e-12)
         if not moved.any() and not wrong.any():
             break
-        free, bound = (free & ~moved) | wrong, torch.where(wrong, 0.0, torch.where(moved, z.sign() * w.detach(), bound))
+        free, bound = (
+            (free & ~moved) | wrong,
+            torch.where(wrong, 0.0, torch.where(moved, z.sign() * w.detach(), bound)),
+        )
     else:
         raise AssertionError("the dual did not settle")
     z = torch.where(free, 0.0, bound.sign()) * w
-    inside = torch.linalg.solve(difference[free] @ difference[free].T, difference[free] @ (x - difference.T @ z))
+    inside = torch.linalg.solve(
+        difference[free] @ difference[free].T, difference[free] @ (x - difference.T @ z)
+    )
     return x - difference.T @ z - difference[free].T @ inside
 
 
@@ -297,7 +302,11 @@ def test_projections_onto_balls_and_spheres(norm, kind, solver, choice):
     """`nonsmooth="clarke"` gives the paper's Dy, "manifold" its Dzy; several entries vanish or are clipped."""
     x, r = rand(N, seed=9).requires_grad_(), number(RADIUS[norm])
     s = ddn.solve(
-        SETS[norm, kind], {"x": x, "r": r}, solver=solver, initial=0.5 * x.detach(), policy=ddn.Policy(nonsmooth=choice)
+        SETS[norm, kind],
+        {"x": x, "r": r},
+        solver=solver,
+        initial=0.5 * x.detach(),
+        policy=ddn.Policy(nonsmooth=choice),
     )
     y = s["u"].detach()
     if norm == "L1":
@@ -374,7 +383,11 @@ def active_set_formula(hessian, linear, rows, values):
 @pytest.mark.parametrize("solver", PIECEWISE_QP)
 def test_lasso_of_a_general_design(solver):
     """On its support u_S = (M_S^T M_S)^-1 (M_S^T y - w sign(u_S)), zero elsewhere."""
-    p = {"M": DESIGN, "y": DESIGN @ (rand(N, seed=14) * (rand(N, seed=15) > 0)) + rand(35, seed=16), "w": number(9.0)}
+    p = {
+        "M": DESIGN,
+        "y": DESIGN @ (rand(N, seed=14) * (rand(N, seed=15) > 0)) + rand(35, seed=16),
+        "w": number(9.0),
+    }
     ours, theirs = leaves(p), leaves(p)
     s = ddn.solve(LASSO, ours, solver=solver)
     u, (M, y, w) = s["u"].detach(), theirs.values()
@@ -489,12 +502,16 @@ def test_group_lasso_of_a_general_design(solver):
     M, y, w = theirs.values()
 
     def gradient(v, M, y, w):
-        return M[:, S].T @ (M[:, S] @ v - y) + w * (v.reshape(-1, 4) / v.reshape(-1, 4).norm(dim=1, keepdim=True)).reshape(-1)
+        return M[:, S].T @ (M[:, S] @ v - y) + w * (
+            v.reshape(-1, 4) / v.reshape(-1, 4).norm(dim=1, keepdim=True)
+        ).reshape(-1)
 
     residual = gradient(u[S], M, y, w)
     close(residual.detach(), torch.zeros(int(S.sum()), dtype=D))
     hessian = torch.func.jacrev(gradient)(u[S], p["M"], p["y"], p["w"])
-    expected = torch.zeros(N, dtype=D).index_put((S.nonzero()[:, 0],), u[S] - torch.linalg.solve(hessian, residual))
+    expected = torch.zeros(N, dtype=D).index_put(
+        (S.nonzero()[:, 0],), u[S] - torch.linalg.solve(hessian, residual)
+    )
     same_derivatives(s["u"], expected, ours, theirs)
     assert s.certificate.ok
 
@@ -513,7 +530,10 @@ INSIDE = {
 def kinked_set(name):
     function = INSIDE[name][0]
     return ddn.Problem(
-        {"u": (N,)}, {"x": (N,), "level": ()}, half_squares, inequality={"set": lambda u, level: function(u) - level}
+        {"u": (N,)},
+        {"x": (N,), "level": ()},
+        half_squares,
+        inequality={"set": lambda u, level: function(u) - level},
     )
 
 
@@ -546,7 +566,10 @@ def test_kinks_in_a_constraint(name, solver):
     all_rows = torch.cat([rows, a[None]])
     # phi(u) = level is linear on the piece: a^T u = level
     expected = active_set_formula(
-        torch.eye(N, dtype=D), theirs["x"], all_rows, torch.cat([torch.zeros(len(rows), dtype=D), (theirs["level"] - level + a @ u)[None]])
+        torch.eye(N, dtype=D),
+        theirs["x"],
+        all_rows,
+        torch.cat([torch.zeros(len(rows), dtype=D), (theirs["level"] - level + a @ u)[None]]),
     )
     close(s["u"], expected)
     same_derivatives(s["u"], expected, ours, theirs)
