@@ -16,11 +16,11 @@ import torch
 
 from ddn_solvers.active_set import ActiveSet
 from ddn_solvers.arrays import Array
+from ddn_solvers.kkt.linear import DEPENDENT
 from ddn_solvers.residuals import Evaluation
 
 _CLEARLY = 1e-7  # relative to the largest entry of H: below it, an eigenvalue may be rounding
 _RHO = 1e3  # weight of the active rows, relative to H
-_RANK = 1e-10  # relative singular value below which rows count as dependent
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def curvature(evaluation: Evaluation, active: ActiveSet) -> Curvature:
     _, singular, right = np.linalg.svd(np.concatenate([rows, fixed], axis=1), full_matrices=True)
     counted = np.zeros((batch, n), dtype=bool)  # right singular vectors that span the rows
     largest = np.maximum(singular.max(axis=1, initial=0.0), 1e-300)[:, None]
-    counted[:, : singular.shape[1]] = singular > _RANK * largest
+    counted[:, : singular.shape[1]] = singular > DEPENDENT * largest
     null = np.where(counted[:, :, None], 0.0, right)
     reduced = null @ evaluation.hessian @ null.transpose(0, 2, 1)
     norm = np.abs(evaluation.hessian).max(axis=(1, 2), initial=0.0)

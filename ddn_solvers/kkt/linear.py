@@ -18,6 +18,9 @@ import torch
 
 # Beyond this condition number (after equilibration) the solution of a system is rounding error.
 SINGULAR: Final = 1e12
+# Singular value, relative to the largest, below which rows of unit norm are dependent: the KKT matrix, in which
+# it enters squared, is then singular.
+DEPENDENT: Final = SINGULAR**-0.5
 
 
 @dataclass(frozen=True)
