@@ -272,9 +272,6 @@ STILL_SINGULAR = {
 }
 
 
-@pytest.mark.xfail(
-    reason="check_derivative takes every smoothed system for regular and is silent", strict=True
-)
 @pytest.mark.parametrize("name", STILL_SINGULAR)
 def test_a_singular_system_is_no_less_singular_for_smoothing(name: str) -> None:
     """Equalities that depend on each other and flat directions: minimum norm and a warning, or refused."""
