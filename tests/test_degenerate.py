@@ -21,6 +21,11 @@ CONVEX = [*NLP, "cvxpy:CLARABEL"]
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 
 
+def known_bug(*values: Any, reason: str) -> Any:
+    """A case that is wrong on the branch point; strict, so that mending it calls for removing this mark."""
+    return pytest.param(*values, marks=pytest.mark.xfail(reason=reason, strict=True))
+
+
 def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -666,3 +671,51 @@ def test_dependent_rows_in_any_units_end_to_end(pair: tuple[float, float]) -> No
     found = ddn.sensitivity(problem, {"x": x, "d": d}, x - (x.sum() - d) / 3)
     close(quietly(found.jacobian, "u", "x"), np.eye(3) - 1 / 3)
     close(quietly(found.jacobian, "u", "d"), np.full(3, 1 / 3))
+
+
+ADDED = (
+    "kkt/verify.py takes `singular` from the rows of the polish, though weakly active ones have joined since"
+)
+
+
+@pytest.mark.parametrize(
+    ("solver", "units"),
+    [
+        ("casadi:ipopt", (1.0, 1.0)),
+        ("casadi:ipopt", (1e-3, 1e3)),
+        known_bug("scipy:SLSQP", (1.0, 1.0), reason=ADDED),
+        known_bug("scipy:SLSQP", (1e-3, 1e3), reason=ADDED),
+    ],
+)
+def test_a_repeated_inequality_that_carries_no_force(solver: str, units: tuple[float, float]) -> None:
+    """SLSQP gives the whole multiplier to one of two equal balls: the other is weakly active and dependent."""
+    problem = ddn.Problem(
+        variables={"u": (3,)},
+        parameters={"x": (3,)},
+        objective=lambda u, x: 0.5 * (u - x).square().sum(),
+        inequality=[lambda u, k=k: k * (u.square().sum() - 1) for k in units],
+    )
+    x = torch.tensor([1.6, -1.1, 0.8], dtype=D, requires_grad=True)
+    solution = ddn.solve(problem, {"x": x}, solver=solver, initial=torch.tensor([0.5, -0.3, 0.4], dtype=D))
+    n = (x / x.norm()).detach()
+    close(solution["u"], n)
+    with pytest.warns(ddn.DegeneracyWarning):
+        (gradient,) = torch.autograd.grad(solution["u"][0], x)
+    close(gradient, (torch.eye(3, dtype=D) - torch.outer(n, n))[0] / x.norm().detach())
+
+
+@pytest.mark.parametrize(
+    "steep", [1.0, 1e4, 1e8, known_bug(1e12, reason="flat is measured against all of H")]
+)
+def test_a_steep_direction_that_is_fixed_hides_no_curvature(steep: float) -> None:
+    """H = diag(steep, 1), u[0] given twice: du[1]/dx[1] = 1 whatever the curvature along u[0]."""
+    problem = ddn.Problem(
+        variables={"u": (2,)},
+        parameters={"x": (2,)},
+        objective=lambda u, x: 0.5 * steep * (u[0] - x[0]) ** 2 + 0.5 * (u[1] - x[1]) ** 2,
+        equality=[lambda u, x: u[0] - x[0], lambda u, x: 2 * u[0] - 2 * x[0]],
+    )
+    x = torch.tensor([1.0, 2.0], dtype=D)
+    found = ddn.sensitivity(problem, {"x": x}, x)
+    close(quietly(found.jacobian), torch.eye(2))
+    assert found.certificate.null_space[0].shape == (2, 0)
