@@ -7,10 +7,11 @@ A = D_Y h, C = D_X h, H = D2_YY L, B = D2_XY L. Our multipliers are nu = -lam.
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import pytest
 import torch
-from torch.func import grad, hessian, jacrev
+from torch.func import grad, jacrev
 
 import ddn_solvers as ddn
 from ddn_solvers.program import compile_program
@@ -22,6 +23,11 @@ M, N = 24, 21  # variables and parameters
 
 def rand(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=D)
+
+
+def hessian(function):
+    """torch.func.hessian in reverse mode; forward mode would compile with the deprecated torch.jit.script."""
+    return jacrev(grad(function))
 
 
 def close(found, expected, tolerance=1e-9):
@@ -45,6 +51,7 @@ def quadratic(u, x):
     return 0.5 * u @ Q @ u - u @ (V @ torch.sin(x))
 
 
+SLOW = "cvxpy:SCS"  # seconds a problem at its own accuracy; it has its turn with proposition 4.10
 OBJECTIVES = {"smooth": smooth, "quadratic": quadratic}
 
 
@@ -59,7 +66,7 @@ def on_all_solvers(*families, convex=True):
         for name, objective in OBJECTIVES.items():
             problem = make(objective)
             for solver in able(compile_program(problem)):
-                if convex or not solver.startswith("cvxpy"):
+                if (convex or not solver.startswith("cvxpy")) and solver != SLOW:
                     label = f"{name}-{solver}"
                     found.append(pytest.param(objective, problem, solver, id=label))
     return pytest.mark.parametrize(("objective", "problem", "solver"), found)
@@ -73,7 +80,7 @@ def solved(problem, solver, x=X, **keywords):
 def rows(output, x):
     """The Jacobian of an output, one backward pass a row, (*output, *x)."""
     flat = [torch.autograd.grad(entry, x, retain_graph=True)[0] for entry in output.reshape(-1)]
-    return torch.stack(flat).reshape(*output.shape, *x.shape)
+    return torch.stack(flat).reshape((*output.shape, *x.shape))
 
 
 def quietly(function):
@@ -205,12 +212,15 @@ def test_proposition_4_5_as_one_system(objective):
 # -- proposition 4.6, observation 4.8, figure 3 ------------------------------------------------------------------
 
 
+ROOM = torch.tensor([0.05, 0.05, 0.05, 0.05, 20.0], dtype=D)
+
+
 def halfspaces(u, x):
-    return G @ u - 0.3 * torch.sin(COUPLING @ x) - 0.05
+    return G @ u - 0.3 * torch.sin(COUPLING @ x) - ROOM
 
 
 def balls(u, x):
-    parts = torch.stack([u[:8].square().sum(), u[8:16].square().sum(), torch.exp(0.5 * u[16:]).sum() - 4])
+    parts = torch.stack([u[:8].square().sum(), u[8:16].square().sum(), torch.exp(0.5 * u[16:]).sum() - 60])
     return parts - 1.5 - 0.3 * torch.sin(x[:3])
 
 
@@ -260,7 +270,9 @@ def test_proposition_4_6_nonlinear_inequalities(objective, problem, solver):
 def test_proposition_4_6_inactive_constraints_change_nothing(objective):
     whole, x = solved(with_balls(objective), "casadi:ipopt")
     active = whole.certificate.active["g"]
-    only = node(objective, equality={"h": linear_in_u_two}, inequality={"g": lambda u, x: balls(u, x)[active]})
+    only = node(
+        objective, equality={"h": linear_in_u_two}, inequality={"g": lambda u, x: balls(u, x)[active]}
+    )
     alone, x_alone = solved(only, "casadi:ipopt")
     close(whole["u"].detach(), alone["u"].detach())
     close(rows(whole["u"], x), rows(alone["u"], x_alone))
@@ -269,62 +281,72 @@ def test_proposition_4_6_inactive_constraints_change_nothing(objective):
 NORMAL = rand(M, seed=11)
 
 
-def half(u):
-    return NORMAL @ u - 1
+def half(u, d):
+    return NORMAL @ u - d
 
 
-def at_offset(objective, offset):
-    """The unconstrained problem, shifted so that its solution has NORMAL @ y = 1 - offset."""
-    free = ddn.solve(node(objective), {"x": X}, solver="casadi:ipopt")["u"]
-    shift = NORMAL * (1 - offset - NORMAL @ free) / NORMAL.square().sum()
-
-    def shifted(u, x):
-        return objective(u - shift, x)
-
-    return shifted, free + shift
-
-
-def with_half(objective):
-    return node(objective, inequality={"half": half})
-
-
-FIGURE_3 = [
-    pytest.param(name, solver, id=f"{name}-{solver}")
+WITH_HALF = {
+    name: ddn.Problem({"u": (M,)}, {"x": (N,), "d": ()}, objective, inequality={"half": half})
     for name, objective in OBJECTIVES.items()
-    for solver in able(compile_program(with_half(objective)))
-]
+}
+on_figure_3 = pytest.mark.parametrize(
+    ("name", "solver"),
+    [
+        pytest.param(name, solver, id=f"{name}-{solver}")
+        for name, problem in WITH_HALF.items()
+        for solver in able(compile_program(problem))
+        if solver != SLOW
+    ],
+)
 
 
-@pytest.mark.parametrize(("name", "solver"), FIGURE_3)
+@cache
+def free(name):
+    """The unconstrained solution, with its Dy and with that of NORMAL @ u = d there."""
+    f = OBJECTIVES[name]
+    y = ddn.solve(node(f), {"x": X}, solver="casadi:ipopt")["u"]
+    Dy = -torch.linalg.solve(hessian(f)(y, X), jacrev(grad(f), 1)(y, X))
+    return y, Dy, proposition_4_5(Derivatives(f, lambda u, x: half(u, 0)[None] + 0 * x.sum(), y, X))[0]
+
+
+def solve_figure_3(name, solver, room, **keywords):
+    x = X.clone().requires_grad_()
+    d = NORMAL @ free(name)[0] + room
+    return ddn.solve(WITH_HALF[name], {"x": x, "d": d}, solver=solver, **keywords), x
+
+
+@on_figure_3
 def test_figure_3_inactive_is_as_unconstrained(name, solver):
-    f, free = at_offset(OBJECTIVES[name], 0.5)
-    s, x = solved(with_half(f), solver)
-    close(s["u"].detach(), free)
-    close(rows(s["u"], x), -torch.linalg.solve(hessian(f)(free, X), jacrev(grad(f), 1)(free, X)))
+    s, x = solve_figure_3(name, solver, 0.5)
+    close(s["u"].detach(), free(name)[0])
+    close(rows(s["u"], x), free(name)[1])
     assert s.certificate.ok
     assert not s.certificate.active["half"]
 
 
-@pytest.mark.parametrize(("name", "solver"), FIGURE_3)
+@on_figure_3
 def test_figure_3_active_with_a_gradient_is_as_an_equality(name, solver):
-    f, _ = at_offset(OBJECTIVES[name], -0.5)
-    s, x = solved(with_half(f), solver)
-    d = Derivatives(f, lambda u, x: half(u)[None] + 0 * x.sum(), s["u"].detach(), X)
+    s, x = solve_figure_3(name, solver, -0.5)
+    y, f = s["u"].detach(), OBJECTIVES[name]
+    d = Derivatives(f, lambda u, x: half(u, 0)[None] + 0 * x.sum(), y, X)
+    close(half(y, NORMAL @ free(name)[0]), torch.tensor(-0.5, dtype=D))
     close(rows(s["u"], x), proposition_4_5(d)[0])
     assert s.certificate.ok
     assert s.certificate.active["half"]
 
 
-@pytest.mark.parametrize(("name", "solver"), FIGURE_3)
+@on_figure_3
 def test_figure_3_active_without_a_gradient_is_the_callers_choice(name, solver):
     """D_Y f = 0 on the boundary: undefined; either one-sided gradient is valid, and the caller is told."""
-    f, free = at_offset(OBJECTIVES[name], 0.0)
-    unconstrained = -torch.linalg.solve(hessian(f)(free, X), jacrev(grad(f), 1)(free, X))
-    equality = proposition_4_5(Derivatives(f, lambda u, x: half(u)[None] + 0 * x.sum(), free, X))[0]
-    for choice, expected in (("active", equality), ("inactive", unconstrained)):
-        s, x = solved(with_half(f), solver, policy=ddn.Policy(weakly_active=choice))
-        close(s["u"].detach(), free, 1e-8)
-        close(rows(s["u"], x), expected, 1e-8)
+    y, unconstrained, equality = free(name)
+    for choice, expected in (
+        ("active", equality),
+        ("inactive", unconstrained),
+        ("mean", (equality + unconstrained) / 2),
+    ):
+        s, x = solve_figure_3(name, solver, 0.0, policy=ddn.Policy(weakly_active=choice))
+        close(s["u"].detach(), y)
+        close(rows(s["u"], x), expected)
         assert s.certificate.one_sided
         assert s.certificate.weakly_active["half"]
         assert not s.certificate.ok
@@ -467,11 +489,11 @@ SECOND = ddn.Problem(
     {"v": (N,)},
     {"z": (M,)},
     lambda v, z: torch.logsumexp(v - z @ V, 0) + (v - 0.1 * z.sum()).square().sum(),
-    inequality={"ball": lambda v: v.square().sum() - 2},
+    inequality={"ball": lambda v: v.square().sum() - 0.02},
 )
 
 
-@pytest.mark.parametrize("solver", able(compile_program(SECOND)))
+@pytest.mark.parametrize("solver", sorted({*able(compile_program(SECOND))} - {SLOW}))
 def test_equations_28_to_30_composition(solver):
     """y = second(first(x)): D y = D_Z y D z, from the loss backwards and as a whole."""
     first, second = (ddn.DeclarativeLayer(p, solver) for p in (with_halfspaces(smooth), SECOND))
@@ -480,17 +502,15 @@ def test_equations_28_to_30_composition(solver):
     v = second(z)
     z_at, v_at = z.detach().clone().requires_grad_(), v.detach()
     Dz, Dv = rows(z, x), rows(second(z_at), z_at)
-    H, A = (transform(lambda v: SECOND.objective(v, z_at.detach()))(v_at) for transform in (hessian, grad))
-    assert A.norm() > 1e-3  # the ball is active
+    assert grad(SECOND.objective)(v_at, z.detach()).norm() > 1e-3  # the ball holds it back
     d = Derivatives(
-        SECOND.objective, lambda v, z: (v.square().sum() - 2)[None] + 0 * z.sum(), v_at, z.detach()
+        SECOND.objective, lambda v, z: (v.square().sum() - 0.02)[None] + 0 * z.sum(), v_at, z.detach()
     )
     close(Dv, proposition_4_5(d)[0])
     close(rows(v, x), Dv @ Dz)
     w = rand(N, seed=13)
     (chained,) = torch.autograd.grad((v * w).sum() + v.square().sum(), x)
     close(chained, (w + 2 * v_at) @ Dv @ Dz)
-    assert H.shape == (N, N)
 
 
 @on_all_solvers(with_halfspaces)
@@ -533,7 +553,7 @@ def test_minimum_norm_multipliers_at_a_given_point():
     close(ddn.attach(with_curved(smooth), {"x": X}, y).dual.equality["h"], -d.lam)
 
 
-@pytest.mark.parametrize("function", ["attach", "scipy:SLSQP", "casadi:ipopt", "cvxpy:CLARABEL"])
+@pytest.mark.parametrize("function", ["attach", "casadi:ipopt", "cvxpy:CLARABEL"])
 def test_minimum_norm_multipliers_where_they_are_not_unique(function):
     """Dependent rows: lam = (A^T)^+ (D_Y f)^T, whatever the solver's choice was."""
     combined = torch.cat([G, rand(2, 5, seed=14) @ G])
@@ -545,6 +565,24 @@ def test_minimum_norm_multipliers_where_they_are_not_unique(function):
     close(s.dual.equality["h"].detach(), -torch.linalg.pinv(combined.T) @ grad(smooth)(y, X), 1e-8)
     assert not s.certificate.licq
     assert s.certificate.rank_deficiency == 2
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="SLSQP and IPOPT return multipliers of 1e15 along the null space of A^T; the scaled stationarity "
+    "divides by them, so that points 0.1 to 1 away from the solution are OPTIMAL",
+)
+@pytest.mark.parametrize("solver", ["scipy:SLSQP", "casadi:ipopt"])
+def test_huge_multipliers_of_dependent_rows_do_not_hide_a_wrong_point(solver):
+    problem = ddn.Problem(
+        {"u": (4,)}, {"x": (4,), "A": (3, 4)}, lambda u, x: 0.5 * (u - x).square().sum(), {"h": lambda u, A: A @ u}
+    )  # fmt: skip
+    for seed in range(8):
+        two, x = rand(2, 4, seed=seed), rand(4, seed=100 + seed)
+        A = torch.cat([two, rand(1, 2, seed=200 + seed) @ two])
+        s = ddn.solve(problem, {"x": x, "A": A}, solver=solver)
+        close(s["u"], x - two.T @ torch.linalg.solve(two @ two.T, two @ x))
+        close(s.dual.equality["h"], torch.linalg.pinv(A.T) @ (x - s["u"]))
 
 
 # -- section 4.7: feasibility, singular systems -----------------------------------------------------------------------
@@ -585,13 +623,16 @@ def test_equation_32_feasibility_underdetermined(solver):
     close(A @ null, torch.zeros(6, M - 6, dtype=D))
 
 
+EXTRA = rand(4, M, seed=15)
+
+
 @pytest.mark.parametrize("function", ["attach", "scipy:SLSQP", "casadi:ipopt"])
 def test_equation_32_feasibility_overdetermined(function):
     """More consistent equations than variables, A of full column rank: the unique Dy by least squares."""
 
     def more(u, x):
         system = square_system(u, x)
-        return torch.cat([system, rand(4, M, seed=15) @ system])
+        return torch.cat([system, EXTRA @ system])
 
     problem = node(None, equality={"h": more})
     y = ddn.solve(node(None, equality={"h": square_system}), {"x": X}, solver="casadi:ipopt")["u"]
@@ -637,7 +678,7 @@ def flat_directions(u, x):
     return 0.5 * (TALL @ (u - V @ torch.sin(x))).square().sum() + 0.1 * torch.exp(TALL[0] @ u)
 
 
-@pytest.mark.parametrize("solver", able(compile_program(node(flat_directions))))
+@pytest.mark.parametrize("solver", sorted({*able(compile_program(node(flat_directions)))} - {SLOW}))
 def test_equation_35_a_singular_hessian_has_a_family_of_derivatives(solver):
     """{-H^+ B + (I - H^+ H) Z}: ours has Z = 0, and the certificate spans the others."""
     s, x = solved(node(flat_directions), solver)
@@ -680,7 +721,7 @@ def test_a_proximal_term_for_a_singular_hessian(delta):
     y = s["u"].detach()
     H, B = hessian(flat_directions)(y, X), jacrev(grad(flat_directions), 1)(y, X)
     found, _ = quietly(lambda: rows(s["u"], x))
-    close(found, -torch.linalg.solve(H + delta * torch.eye(M, dtype=D), B), 1e-9)
+    close(found, -torch.linalg.solve(H + delta * torch.eye(M, dtype=D), B), max(1e-9, 1e-13 / delta))
     exact = -torch.linalg.pinv(H, rtol=1e-10, hermitian=True) @ B
     assert (found - exact).abs().max() <= 10 * delta
 
