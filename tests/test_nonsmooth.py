@@ -148,7 +148,7 @@ class Prox:
     w: float = 0.6
     x: torch.Tensor = field(default_factory=lambda: rand(N, seed=4))
     solvers: tuple = PIECEWISE_QP
-    problem: ddn.Problem = None
+    problem: ddn.Problem = field(init=False)
 
     def __post_init__(self):
         phi = self.phi
@@ -350,21 +350,28 @@ def test_the_radius_moves_the_projection(norm):
     close(jacobian(y, r), expected.to(D))
 
 
+TIES = {
+    name: ddn.Problem({"u": (N,)}, {"x": (N,)}, half_squares, inequality=function)
+    for name, function in {
+        "amax": lambda u: u.amax() - 1,
+        "vector_norm": lambda u: NORMS["Linf"](u) - 1,
+    }.items()
+}
+
+
 @pytest.mark.parametrize("ties", [2, 3, 4, 5, 7, 20])
-@pytest.mark.parametrize("norm", ["amax", "vector_norm"])
+@pytest.mark.parametrize("norm", TIES)
 def test_clarke_shares_a_maximum_evenly_among_its_ties(norm, ties):
     """Also with three and more ties, where the halves of the tree of comparisons are not even."""
-    function = {"amax": lambda u: u.amax(), "vector_norm": NORMS["Linf"]}[norm]
-    problem = ddn.Problem({"u": (N,)}, {"x": (N,)}, half_squares, inequality=lambda u: function(u) - 1)
     order = torch.randperm(N, generator=torch.Generator().manual_seed(10))
     x = rand(N, seed=11).clamp(-0.5, 0.5)
     x[order[:ties]] = 2 + rand(ties, seed=12).abs()
     x.requires_grad_()
     a = torch.zeros(N, dtype=D)
     a[order[:ties]] = 1.0
-    y = ddn.solve(problem, {"x": x}, policy=ddn.Policy(nonsmooth="clarke"))["u"]
+    y = ddn.solve(TIES[norm], {"x": x}, policy=ddn.Policy(nonsmooth="clarke"))["u"]
     close(jacobian(y, x), torch.eye(N, dtype=D) - torch.outer(a, a) / ties)
-    y = ddn.solve(problem, {"x": x})["u"]
+    y = ddn.solve(TIES[norm], {"x": x})["u"]
     close(jacobian(y, x), (1 - a).diag())
 
 
@@ -576,3 +583,311 @@ def test_kinks_in_a_constraint(name, solver):
     lam = (p["x"] - u) @ a / (a @ a)
     close(s.dual.inequality["set"].detach(), lam)
     assert s.certificate.ok
+
+
+# -- everything at once: higher derivatives, multipliers, residuals ---------------------------------------------------
+
+MIX, SPREAD = rand(N, N, seed=25) / N**0.5, rand(N, 3, seed=26)
+
+
+def mixed_objective(u, x, w):
+    smooth = (u - SPREAD @ x).exp().sum() + 0.5 * (MIX @ u - SPREAD @ x.sin()).square().sum()
+    return smooth + w * u[:4].abs().sum() + 6 * u[12:15].norm() + torch.relu(u[4:8] - u[8:12]).sum()
+
+
+MIXED = ddn.Problem(
+    {"u": (N,)}, {"x": (3,), "w": (), "r": ()}, mixed_objective,
+    {"sum": lambda u, x: u[:5].sum() - x[0]}, {"ball": lambda u, r: u[15:].abs().sum() - r},
+)  # fmt: skip
+AT = {"x": torch.tensor([0.4, -0.6, 0.9], dtype=D), "w": number(5.0), "r": number(2.0)}
+
+
+def mixed(x, w, r, solver="casadi:ipopt"):
+    s = ddn.solve(MIXED, {"x": x, "w": w, "r": r}, solver=solver)
+    return s["u"], s.dual.equality["sum"], s.dual.inequality["ball"], s.objective
+
+
+def test_the_mixed_problem_has_every_kind_of_kink():
+    s = ddn.solve(MIXED, AT)
+    u = s["u"]
+    assert s.certificate.ok
+    assert s.certificate.margin > 1e-4
+    assert 0 < (u[:4].abs() < 1e-9).sum() < 4
+    assert u[12:15].norm() < 1e-9
+    assert ((u[4:8] - u[8:12]).abs() < 1e-9).any()
+    assert 0 < (u[15:].abs() < 1e-9).sum() < 5
+    assert s.certificate.active["ball"]
+
+
+@pytest.mark.parametrize("solver", CONVEX)
+def test_all_backends_agree_on_the_mixed_problem(solver):
+    ours, theirs = leaves(AT), leaves(AT)
+    whole, reference = (
+        torch.cat([o.reshape(-1) for o in mixed(**p, solver=s)])
+        for p, s in ((ours, solver), (theirs, "auto"))
+    )
+    close(whole, reference.detach())
+    same_derivatives(whole, reference, ours, theirs)
+
+
+def test_gradcheck_and_gradgradcheck_with_kinks():
+    """Of every output; in second order of a few combinations of them, which costs less."""
+    inputs = tuple(leaves(AT).values())
+    assert torch.autograd.gradcheck(mixed, inputs)
+    weights = rand(3, N + 3, seed=29)
+    assert torch.autograd.gradgradcheck(
+        lambda *p: weights @ torch.cat([output.reshape(-1) for output in mixed(*p)]), inputs
+    )
+
+
+def test_the_hessian_of_a_group_lasso_through_a_layer():
+    """Block soft threshold has second derivatives off zero, and none at zero."""
+    case = PROX["group lasso"]
+    layer = ddn.DeclarativeLayer(case.problem)
+    weights, w = rand(N, seed=27), number(case.w)
+    found = torch.func.hessian(lambda x: (layer(x, w) * weights).sum())(case.x)
+    expected = torch.func.hessian(lambda x: (_blocks(x, w) * weights).sum())(case.x)
+    close(found, expected, 1e-8)
+    assert expected.abs().max() > 1e-2
+
+
+def _blocks(x, w):
+    rows = x.reshape(4, 5)
+    return (rows * (1 - w / rows.norm(dim=1, keepdim=True)).clamp(min=0)).reshape(-1)
+
+
+@pytest.mark.parametrize("solver", SMOOTH)
+@pytest.mark.parametrize("steps", [1, 3])
+def test_residuals_are_the_distance_to_the_subdifferential(solver, steps):
+    """Of an unfinished point: |g + w sign(u)| off a kink, (|g| - w)_+ on it, whatever the backend thought."""
+    problem = ddn.Problem(
+        {"u": (N,)}, {"x": (N,), "w": ()},
+        lambda u, x, w: (3 * (u - x)).exp().sum() + 0.5 * (MIX @ u - x).square().sum() + w * u.abs().sum(),
+    )  # fmt: skip
+    p = {"x": 1.5 * rand(N, seed=28), "w": number(1.0)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ddn.ConvergenceWarning)
+        s = ddn.solve(
+            problem, p, solver=solver, options={"max_iter": steps}, policy=ddn.Policy(on_failure="warn")
+        )
+    u, x, w = s["u"], p["x"], p["w"]
+    g = 3 * (3 * (u - x)).exp() + MIX.T @ (MIX @ u - x)
+    distance = torch.where(u == 0, (g.abs() - w).relu(), (g + w * u.sign()).abs())
+    assert (u == 0).any() or steps == 1
+    close(s.residuals.stationarity, distance.max())
+
+
+@pytest.mark.parametrize("function", [ddn.attach, ddn.sensitivity], ids=["attach", "sensitivity"])
+def test_a_point_outside_the_subdifferential_is_refused(function):
+    """Zero, where |x_i| > w; and an entry on the wrong side of its kink."""
+    case = PROX["lasso"]
+    wrong = case.formula(**case.parameters)
+    wrong[wrong.argmax()] *= -1
+    for point in (torch.zeros(N, dtype=D), wrong):
+        with pytest.raises(ddn.SensitivityError):
+            function(case.problem, case.parameters, point)
+
+
+# -- on the boundary of a subdifferential ------------------------------------------------------------------------------
+
+
+def vector(*values):
+    return torch.tensor(values, dtype=D)
+
+
+def three(phi):
+    return ddn.Problem({"u": (3,)}, {"x": (3,)}, lambda u, x: half_squares(u, x) + phi(u))
+
+
+EYE, PAIR = torch.eye(3, dtype=D), torch.tensor([[0.5, 0.5, 0], [0.5, 0.5, 0], [0, 0, 1]], dtype=D)
+BOUNDARY = {
+    # problem, x on the boundary, Jacobian on the manifold and off it
+    "abs": (three(lambda u: u.abs().sum()), vector(1, -1, 2), vector(0, 0, 1).diag(), EYE),
+    "relu": (three(lambda u: u.relu().sum()), vector(1, 0, 2), vector(0, 0, 1).diag(), EYE),
+    "leaky_relu": (three(lambda u: F.leaky_relu(u, 0.5).sum()), vector(1, 0.5, 2), vector(0, 0, 1).diag(), EYE),
+    "clamp": (three(lambda u: u.clamp(min=1).sum()), vector(2, 1, 3), vector(0, 0, 1).diag(), EYE),
+    "amax": (three(lambda u: u.amax()), vector(2, 1, 0), PAIR, EYE),
+    "amin": (three(lambda u: -u.amin()), vector(-2, -1, 0), PAIR, EYE),
+    "maximum": (three(lambda u: torch.maximum(u[0], u[1])), vector(2, 1, 0), PAIR, EYE),
+    "total variation": (three(lambda u: (u[0] - u[1]).abs()), vector(3, 1, 0), PAIR, EYE),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("solver", CONVEX)
+@pytest.mark.parametrize("name", BOUNDARY)
+def test_a_subgradient_on_the_boundary_is_one_sided(name, solver):
+    problem, at, on, off = BOUNDARY[name]
+    for choice, expected in (("active", on), ("inactive", off), ("mean", (on + off) / 2)):
+        x = at.clone().requires_grad_()
+        s = ddn.solve(problem, {"x": x}, solver=solver, policy=ddn.Policy(weakly_active=choice))
+        c = s.certificate
+        assert c.one_sided
+        assert not c.ok
+        assert not c.strictly_complementary
+        assert not c.singular
+        assert c.margin < 1e-8
+        found, told = quietly(lambda: jacobian(s["u"], x))  # noqa: B023
+        assert told <= 3
+        close(found, expected)
+
+
+@pytest.mark.parametrize("name", BOUNDARY)
+def test_a_subgradient_on_the_boundary_can_be_refused(name):
+    problem, at, *_ = BOUNDARY[name]
+    refuse = ddn.Policy(weakly_active="raise")
+    with pytest.raises(ddn.SensitivityError):
+        ddn.solve(problem, {"x": at.clone().requires_grad_()}, policy=refuse)["u"].sum().backward()
+    # a little to either side the derivative is two-sided, and known
+    for step in (1e-4, -1e-4):
+        x = (at * (1 + step) + vector(0, step / 3, 0)).requires_grad_()
+        s = ddn.solve(problem, {"x": x}, policy=refuse)
+        assert s.certificate.ok
+        assert torch.isfinite(jacobian(s["u"], x)).all()
+
+
+def test_only_the_sample_on_the_boundary_is_one_sided():
+    x = torch.stack([vector(1, -1, 2), vector(1.1, -0.9, 2)]).requires_grad_()
+    s = ddn.solve(BOUNDARY["abs"][0], {"x": x}, policy=ddn.Policy(weakly_active="mean"))
+    assert s.certificate.one_sided.tolist() == [True, False]
+    gradient, _ = quietly(lambda: torch.autograd.grad(s["u"].sum(), x)[0])
+    close(gradient, torch.stack([vector(0.5, 0.5, 1), vector(1, 0, 1)]))
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="|mu| = w of a vector norm is reported as a singular system; the choices have no effect",
+)
+@pytest.mark.parametrize("choice", ["active", "inactive", "mean"])
+def test_the_boundary_of_a_vector_norm_is_one_sided(choice):
+    """Block soft threshold at |x| = 1: 0 inside, x x^T outside."""
+    x = vector(0.6, 0.8, 0).requires_grad_()
+    s = ddn.solve(three(torch.linalg.vector_norm), {"x": x}, policy=ddn.Policy(weakly_active=choice))
+    assert s.certificate.one_sided
+    outside = torch.outer(x.detach(), x.detach())
+    found, _ = quietly(lambda: jacobian(s["u"], x))
+    close(found, {"active": 0 * outside, "inactive": outside, "mean": outside / 2}[choice])
+
+
+# -- no kinks after all, bends, and kinks that are not known ---------------------------------------------------------
+
+SMOOTH_AFTER_ALL = {
+    "norm squared": (three(lambda u: 0.5 * u.norm().square()), vector(0, 0, 0)),
+    "vector_norm ** 2": (three(lambda u: 0.5 * torch.linalg.vector_norm(u) ** 2), vector(0, 0, 0)),
+    "abs squared": (three(lambda u: 0.5 * u.abs().square().sum()), vector(0, 0, 1)),
+    "abs times abs": (three(lambda u: 0.5 * (u.abs() * u.abs()).sum()), vector(0, 0, 1)),
+    "norms of rows squared": (
+        three(lambda u: 0.5 * torch.stack([u, -u], 1).norm(dim=1).pow(2).sum() / 2), vector(0, 0, 1)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("solver", ["auto", *SMOOTH])
+@pytest.mark.parametrize("name", SMOOTH_AFTER_ALL)
+def test_squares_of_norms_are_smooth(name, solver):
+    problem, at = SMOOTH_AFTER_ALL[name]
+    x = at.clone().requires_grad_()
+    s = ddn.solve(problem, {"x": x}, solver=solver)
+    close(s["u"], at / 2)
+    assert s.certificate.ok
+    close(jacobian(s["u"], x), EYE / 2)
+
+
+@pytest.mark.xfail(
+    strict=True, reason="the weight of |u|^3 vanishes at 0 and counts as a bend, though nothing jumps there"
+)
+def test_the_cube_of_an_absolute_value_is_smooth():
+    x = vector(0, 0, 1).requires_grad_()
+    s = ddn.solve(three(lambda u: u.abs().pow(3).sum()), {"x": x})
+    close(jacobian(s["u"], x)[:2, :2], EYE[:2, :2])
+    assert s.certificate.ok
+
+
+BEND = three(lambda u: 0.5 * u.relu().square().sum())
+
+
+def test_a_bend_is_one_sided_and_exact_off_it():
+    """relu(u)^2: the second derivative jumps at 0, 1/2 above and 1 below; nothing holds the point there."""
+    x = vector(1, 1e-4, -2).requires_grad_()
+    s = ddn.solve(BEND, {"x": x})
+    assert s.certificate.ok
+    close(jacobian(s["u"], x), vector(0.5, 0.5, 1).diag())
+    x = vector(1, 0, -2).requires_grad_()
+    s = ddn.solve(BEND, {"x": x})
+    assert s.certificate.one_sided
+    assert not s.certificate.ok
+    assert not s.certificate.singular
+    found, _ = quietly(lambda: jacobian(s["u"], x))
+    assert min(abs(found[1, 1] - side) for side in (0.5, 1.0)) < 1e-9
+    close(found[[0, 2]], vector(0.5, 0, 1).diag()[[0, 2]])
+    with pytest.raises(ddn.SensitivityError):
+        ddn.solve(BEND, {"x": x}, policy=ddn.Policy(weakly_active="raise"))["u"].sum().backward()
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="the piece is the one that the backend's rounding left the point on; no choice is heard",
+)
+def test_the_derivative_at_a_bend_does_not_depend_on_the_backend():
+    found = {}
+    for solver in CONVEX:
+        x = vector(1, 0, -2).requires_grad_()
+        s = ddn.solve(BEND, {"x": x}, solver=solver, policy=ddn.Policy(weakly_active="mean"))
+        found[solver], _ = quietly(lambda: float(jacobian(s["u"], x)[1, 1]))  # noqa: B023
+    assert found == pytest.approx(dict.fromkeys(CONVEX, 0.75))
+
+
+UNKNOWN = {
+    # operation that the message names: phi, x off the kink, solution there, x whose solution lies on it, that
+    "sort": (lambda u: (u.sort().values * vector(1, 2, 3)).sum(), vector(0, 3, 9), vector(-1, 1, 6), vector(0, 0.2, 5), vector(-1.4, -1.4, 2)),
+    "gt": (lambda u: torch.where(u > 0, 2 * u, u).sum(), vector(9, 4, -9), vector(7, 2, -10), vector(1.5, 4, -9), vector(0, 2, -10)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_kinks_that_are_not_known_are_refused_by_name_at_the_kink_only(name):
+    phi, off, solution, on, kink = UNKNOWN[name]
+    x = off.clone().requires_grad_()
+    for solver in SMOOTH:
+        s = ddn.solve(three(phi), {"x": x}, solver=solver)
+        close(s["u"], solution)
+        assert s.certificate.ok
+        close(jacobian(s["u"], x), EYE)
+    with pytest.raises(ddn.SolveError, match=f"kink of '{name}'.*{name if name != 'gt' else 'where'}"):
+        ddn.solve(three(phi), {"x": on}, solver="scipy:SLSQP")
+    for function in (ddn.attach, ddn.sensitivity):
+        with pytest.raises(ddn.SensitivityError, match=f"kink of '{name}'"):
+            function(three(phi), {"x": on}, kink)
+
+
+# -- found with these tests -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="minimum-norm multipliers give both rows the same force, more than the smaller weight allows",
+)
+@pytest.mark.parametrize("where", ["objective", "constraint"])
+def test_the_same_kink_twice_with_unequal_weights(where):
+    """Dependent rows whose forces have limits: the derivative is that of either row alone."""
+    if where == "objective":
+        problem = three(lambda u: 0.99 * u.abs().sum() + 0.01 * u.abs().sum())
+    else:
+        problem = ddn.Problem(
+            {"u": (3,)}, {"x": (3,)}, lambda u, x: half_squares(u, x) + 0.01 * u.abs().sum(),
+            inequality=lambda u: u.abs().sum() - 1,
+        )  # fmt: skip
+    x = vector(3, 0.95, -0.2).requires_grad_()
+    s = ddn.solve(problem, {"x": x})
+    found, _ = quietly(lambda: jacobian(s["u"], x))
+    close(found, vector(1 if where == "objective" else 0, 0, 0).diag())
+    assert s.residuals.stationarity < 1e-9
+    assert not s.certificate.one_sided
+
+
+@pytest.mark.xfail(
+    strict=True, raises=torch.linalg.LinAlgError, reason="the singular system holds what is not finite"
+)
+@pytest.mark.parametrize("function", [ddn.attach, ddn.sensitivity], ids=["attach", "sensitivity"])
+def test_the_zero_of_a_norm_that_is_no_solution_is_refused(function):
+    with pytest.raises(ddn.SensitivityError):
+        function(three(torch.linalg.vector_norm), {"x": vector(1, 2, 3)}, torch.zeros(3, dtype=D))
