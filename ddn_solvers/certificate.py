@@ -119,8 +119,8 @@ def certify(
     program = evaluation.program
     with np.errstate(all="ignore"):
         system = System(
-            torch.from_numpy(np.nan_to_num(evaluation.hessian)),
-            torch.from_numpy(np.nan_to_num(evaluation.regular_jacobian)),
+            evaluation.H.map(np.nan_to_num),
+            evaluation.regular_J.map(np.nan_to_num),
             torch.from_numpy(active.constraints),
             torch.from_numpy(active.fixed),
         )

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ddn_solvers.arrays import Array
+from ddn_solvers.lowering.pattern import Matrices
 from ddn_solvers.program import FirstOrder, Program
 
 _TINY = 1e-300
@@ -76,20 +77,30 @@ class Evaluation:
         return Evaluation(self.program, self.bound.take(samples), self.point.take(samples), first)
 
     @cached_property
-    def jacobian(self) -> Array:
-        """(B, m, n)"""
-        return self.program.jacobian_pattern.dense(self.first.jacobian)
+    def J(self) -> Matrices:
+        """The Jacobian of c."""
+        return Matrices(self.program.jacobian_pattern, self.first.jacobian)
 
     @cached_property
-    def hessian(self) -> Array:
-        """Of the Lagrangian, (B, n, n)."""
+    def H(self) -> Matrices:
+        """The Hessian of the Lagrangian."""
         nonzeros = self.program.hessian(self.point.z, self.bound.parameters, self.point.y)
-        return self.program.hessian_pattern.dense(nonzeros)
+        return Matrices(self.program.hessian_pattern, nonzeros)
+
+    @property
+    def jacobian(self) -> Array:
+        """``J`` densely, (B, m, n)."""
+        return self.J.dense
+
+    @property
+    def hessian(self) -> Array:
+        """``H`` densely, (B, n, n)."""
+        return self.H.dense
 
     @cached_property
     def constraint_forces(self) -> Array:
         """grad f + J^T y, (B, n): what the bound multipliers have to balance."""
-        return self.first.gradient + _transposed(self.jacobian, self.point.y)
+        return self.first.gradient + self.J.transposed_times(self.point.y)
 
     @cached_property
     def stationarity(self) -> Array:
@@ -114,9 +125,17 @@ class Evaluation:
         return np.concatenate([inequality, self.point.lower, self.point.upper], axis=1)
 
     @property
+    def regular_J(self) -> Matrices:
+        """``J`` with vanishing rows zero: the system of a derivative is then singular, and says so."""
+        if not self.vanishing.any():
+            return self.J
+        pattern = self.J.pattern
+        return Matrices(pattern, np.where(self.vanishing[:, pattern.indices], 0.0, self.J.nonzeros))
+
+    @property
     def regular_jacobian(self) -> Array:
-        """The Jacobian with vanishing rows zero: the system of a derivative is then singular, and says so."""
-        return np.where(self.vanishing[:, :, None], 0.0, self.jacobian)
+        """``regular_J`` densely, (B, m, n)."""
+        return self.regular_J.dense
 
     @cached_property
     def vanishing(self) -> Any:
@@ -133,8 +152,7 @@ class Evaluation:
         direction = np.cos(1.0 + np.arange(z.shape[1]) ** 2)
         step = 1e-2 * size * direction / np.linalg.norm(direction)
         nearby = self.program.first_order(z + step, self.bound.parameters).jacobian
-        change = self.program.jacobian_pattern.dense(nearby) - self.jacobian
-        return norms < _VANISHING * np.sqrt((change**2).sum(axis=2))
+        return norms < _VANISHING * self.J.map(lambda here: nearby - here).row_norms()
 
     # -- unscaled ---------------------------------------------------------------------------------
 
@@ -150,7 +168,7 @@ class Evaluation:
     @cached_property
     def row_norms(self) -> Array:
         """|J_i|, (B, m)."""
-        return np.sqrt(np.einsum("bij,bij->bi", self.jacobian, self.jacobian))
+        return self.J.row_norms()
 
     @cached_property
     def size(self) -> Array:
@@ -163,7 +181,7 @@ class Evaluation:
 
         Multipliers do not enter it: where the objective exerts none, theirs is rounding.
         """
-        curvature = np.abs(self.hessian).max(axis=(1, 2), initial=0.0) * self.size[:, 0]
+        curvature = self.H.largest() * self.size[:, 0]
         forces = np.maximum(_largest(self.first.gradient), curvature)
         return np.where(forces > 0, forces, 1.0)[:, None]
 
@@ -195,8 +213,8 @@ class Evaluation:
     @cached_property
     def scaled_stationarity(self) -> Array:
         """By row: residual over the forces that meet there, (B,)."""
-        meeting = np.abs(self.first.gradient) + _transposed(np.abs(self.jacobian), np.abs(self.point.y))
-        meeting += np.abs(self.hessian).sum(axis=2) * self.size + np.abs(self.point.lower) + self.point.upper
+        meeting = np.abs(self.first.gradient) + self.J.map(np.abs).transposed_times(np.abs(self.point.y))
+        meeting += self.H.map(np.abs).row_sums() * self.size + np.abs(self.point.lower) + self.point.upper
         floor = np.finfo(float).eps * self.force
         return _largest(self.stationarity / np.maximum(meeting, floor))
 
@@ -206,11 +224,6 @@ class Evaluation:
         return np.maximum.reduce(
             [self.scaled_stationarity, self.scaled_feasibility, self.scaled_complementarity]
         )
-
-
-def _transposed(jacobian: Array, y: Array) -> Array:
-    product: Array = np.matmul(y[:, None, :], jacobian)[:, 0]
-    return product
 
 
 def _largest(values: Array) -> Array:

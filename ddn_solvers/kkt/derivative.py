@@ -130,13 +130,11 @@ class Linearisation:
                 "any_singular": bool(self.singular.any()),
             }
             if self.nearby is not None:
-                hessian = torch.from_numpy(self.evaluation.hessian)
-                moved = self.nearby.moved(hessian, torch.from_numpy(self.evaluation.jacobian))
+                moved = self.nearby.moved(self.evaluation.H, self.evaluation.J)
                 return [(weight, masks, moved) for weight, masks in choices(sides, weak, m, n, self.policy)]
         result = []
         for weight, masks in choices(sides, weak, m, n, self.policy):
-            hessian = torch.from_numpy(self.evaluation.hessian)
-            jacobian = torch.from_numpy(self.evaluation.regular_jacobian)
+            hessian, jacobian = self.evaluation.H, self.evaluation.regular_J
             result.append(
                 (weight, masks, System(hessian, jacobian, masks.constraints, masks.fixed, **options))
             )

@@ -32,13 +32,22 @@ from ddn_solvers.kkt.linear import (
     Iterative,
     LeastSquares,
     LinearSolver,
+    Schur,
+    SparseLeastSquares,
     SparseLU,
     condition,
     equilibrate,
+    without_symmetry,
 )
+from ddn_solvers.kkt.operator import Bordered, Dense, Operator, Sparse
+from ddn_solvers.lowering.pattern import Matrices
 
 _REFINEMENTS = 4
 _ROUNDING = 4e-15  # backward error |r| / (|b| + |K| |x|) at which a refined solution is taken
+# Measured on one core: SuperLU beats dense LU from here on, on random patterns as on banded ones.
+_LARGE = 200  # unknowns
+_SPARSE = 0.02  # nonzeros over entries of the bordered matrix
+_SCHUR = 40  # unknowns from which two small Cholesky factorizations beat one LU
 
 
 @dataclass(frozen=True)
@@ -54,8 +63,8 @@ class System:
     """Batch of factored KKT systems.
 
     Args:
-        hessian: H of the Lagrangian, (B, n, n).
-        jacobian: J of all constraints, (B, m, n).
+        hessian: H of the Lagrangian, (B, n, n): a tensor, or matrices of a fixed pattern.
+        jacobian: J of all constraints, (B, m, n), likewise.
         active: Rows of J that are active, (B, m) bool.
         fixed: Variables that an active bound fixes, (B, n) bool.
         singular: Which samples are singular, if that is known already; found otherwise.
@@ -67,8 +76,8 @@ class System:
 
     def __init__(
         self,
-        hessian: torch.Tensor,
-        jacobian: torch.Tensor,
+        hessian: torch.Tensor | Matrices | Operator,
+        jacobian: torch.Tensor | Matrices | Operator,
         active: torch.Tensor,
         fixed: torch.Tensor,
         *,
@@ -78,45 +87,56 @@ class System:
         linear_solver: Any = "auto",
         proximal: float | None = None,
     ) -> None:
-        self.hessian, self.jacobian, self.active, self.fixed = hessian, jacobian, active, fixed
-        kept = torch.cat([~fixed, active], dim=-1)
-        matrix = _bordered(hessian, jacobian, kept)
+        self._choice = linear_solver
+        self._solver = _solver(linear_solver, transformed, hessian, jacobian)
+        self.hessian, self.jacobian = self._operator(hessian), self._operator(jacobian)
+        self.active, self.fixed, self._kept = active, fixed, torch.cat([~fixed, active], dim=-1)
         self._any_fixed = transformed or bool(fixed.any())
-        self._units = torch.where(kept, _units(hessian, jacobian), 1.0)
-        self._scale = equilibrate(matrix, self._units)
-        scaled = matrix * self._scale.unsqueeze(-1) * self._scale.unsqueeze(-2)
-        self._solver = _solver(linear_solver, transformed)
+        self._units = torch.where(self._kept, _units(self.hessian, self.jacobian), 1.0)
+        packable = isinstance(self._solver, (DenseLU, Schur)) and len(fixed) > 0
+        self._packing = _Packing.of(~fixed, active) if packable else None
+        K = self._bordered()
+        scale = equilibrate(K, self._pack(self._units))
+        self._scale = self._unpack(scale, 1.0)
+        K = K.scaled(scale)
         if singular is None or not any_singular:
-            self._state = self._solver.init(scaled)
+            self._state = self._solver.init(K)
         if singular is None:
-            self.condition = condition(self._solver, self._state, scaled)
+            self.condition = condition(self._solver, self._state, K, self._pack(without_symmetry(self._kept)))
             singular = self.condition > SINGULAR
             any_singular = bool(singular.any())
         self.singular, self._repair, self._moved = singular, any_singular, False
         if any_singular:
-            self._prepare_singular(matrix, scaled, proximal)
+            self._state = self._solver.init(K.without(singular))
+            self._prepare_singular(proximal)
 
-    def _prepare_singular(self, matrix: torch.Tensor, scaled: torch.Tensor, proximal: float | None) -> None:
-        """Regular samples keep their factorization; a singular one gets an identity there, and its own."""
-        pick = self.singular.unsqueeze(-1).unsqueeze(-1)
-        identity = torch.eye(scaled.shape[-1], dtype=scaled.dtype).expand_as(scaled)
-        self._state = self._solver.init(torch.where(pick, identity, scaled))
-        if proximal is not None:
-            n = self.hessian.shape[-1]
-            delta = torch.zeros_like(matrix[..., 0])
-            delta[..., :n] = proximal
-            matrix = matrix + torch.diag_embed(delta)
+    def _operator(self, matrix: torch.Tensor | Matrices | Operator) -> Operator:
+        if isinstance(matrix, Operator):
+            return matrix
+        if isinstance(matrix, torch.Tensor):
+            return Dense(matrix)
+        return Sparse(matrix) if self._solver.sparse else Dense(torch.from_numpy(matrix.dense))
+
+    def _bordered(self) -> Bordered:
+        hessian, jacobian, kept = self.hessian, self.jacobian, self._pack(self._kept)
+        if self._packing is not None:
+            hessian = Dense(self._packing.hessian(hessian.dense()))
+            jacobian = Dense(self._packing.border(jacobian.dense()))
+        return Bordered.of(hessian, jacobian, kept)
+
+    def _prepare_singular(self, proximal: float | None) -> None:
+        """A factorization of the singular samples alone; in the others the identity stands for the matrix."""
+        kept = self._kept & self.singular.unsqueeze(-1)
+        matrix = Bordered.of(self.hessian, self.jacobian, kept, proximal or 0.0)
+        self._fallback = SparseLeastSquares() if self._solver.sparse else LeastSquares()
         # The minimum norm is meant in the user's own units: equilibration would weigh the variables.
-        scale = self._units
-        self._fallback = LeastSquares()
-        self._fallback_state = self._fallback.init(
-            torch.where(pick, matrix * scale.unsqueeze(-1) * scale.unsqueeze(-2), identity)
-        )
+        self._fallback_state = self._fallback.init(matrix.scaled(self._units))
 
-    def moved(self, hessian: torch.Tensor, jacobian: torch.Tensor) -> System:
+    def moved(self, hessian: torch.Tensor | Matrices, jacobian: torch.Tensor | Matrices) -> System:
         """The system of a nearby point with the same active set: this factorization, refined (regular only)."""
         nearby = copy.copy(self)
-        nearby.hessian, nearby.jacobian, nearby._moved = hessian, jacobian, True
+        nearby.hessian, nearby.jacobian = self._operator(hessian), self._operator(jacobian)
+        nearby._moved = True
         return nearby
 
     def solve(self, a: torch.Tensor, b: torch.Tensor, v: torch.Tensor) -> Step:
@@ -125,73 +145,124 @@ class System:
         Args:
             a: (B, n). b: (B, m). v: (B, n), used where a variable is fixed.
         """
-        n, solve = a.shape[-1], self._refined if self._moved else self._factored
+        n, solve = a.shape[-1], self._refined if self._solver.refine or self._moved else self._factored
         if not self._any_fixed:
             solution = solve(torch.cat([a, torch.where(self.active, b, 0.0)], dim=-1))
             return Step(solution[..., :n], solution[..., n:], torch.zeros_like(a))
         v = torch.where(self.fixed, v, 0.0)
-        moved_a = a - _times(self.hessian, v)
-        moved_b = b - _times(self.jacobian, v)
+        moved_a = a - self.hessian.times(v)
+        moved_b = b - self.jacobian.times(v)
         rhs = torch.cat(
             [torch.where(self.fixed, 0.0, moved_a), torch.where(self.active, moved_b, 0.0)], dim=-1
         )
         solution = solve(rhs)
         x, t = torch.where(self.fixed, v, solution[..., :n]), solution[..., n:]
-        q = _times(self.hessian, x) + _times(self.jacobian.transpose(-1, -2), t) - a
+        q = self.hessian.times(x) + self.jacobian.transposed_times(t) - a
         return Step(x, t, torch.where(self.fixed, q, 0.0))
 
     def _factored(self, rhs: torch.Tensor) -> torch.Tensor:
-        solution = self._scale * self._solver.compute(self._state, self._scale * rhs)
+        packed = self._pack(self._scale * rhs)
+        solution = self._scale * self._unpack(self._solver.compute(self._state, packed), 0.0)
         if self._repair:
             least = self._units * self._fallback.compute(self._fallback_state, self._units * rhs)
             solution = torch.where(self.singular.unsqueeze(-1), least, solution)
         return solution
 
     def _refined(self, rhs: torch.Tensor) -> torch.Tensor:
-        """Iterative refinement against the matrix of the point moved to; factored anew if it is too far."""
+        """Iterative refinement against the matrix at this point; factored anew where that does not converge."""
         solution, scale = self._factored(rhs), self._scale
         for _ in range(_REFINEMENTS):
             residual = rhs - self._product(solution)
             # In equilibrated units, where |K| is about one: else small rows would go unnoticed.
             size = (scale * rhs).abs() + (solution / scale).abs()
-            if bool(((scale * residual).abs() <= _ROUNDING * size.amax(-1, keepdim=True)).all()):
+            exact = ((scale * residual).abs() <= _ROUNDING * size.amax(-1, keepdim=True)).all(-1)
+            if bool((exact | self.singular).all()):
                 return solution
-            solution = solution + self._factored(residual)
-        return System(self.hessian, self.jacobian, self.active, self.fixed)._factored(rhs)
+            solution = solution + torch.where(self.singular.unsqueeze(-1), 0.0, self._factored(residual))
+        if not self._moved and not isinstance(self._solver, Schur):
+            return solution  # as good as this solver gets
+        choice = self._choice if self._moved else "dense"
+        known = {"singular": self.singular, "any_singular": self._repair, "linear_solver": choice}
+        return System(self.hessian, self.jacobian, self.active, self.fixed, **known)._factored(rhs)
 
     def _product(self, solution: torch.Tensor) -> torch.Tensor:
         n = self.hessian.shape[-1]
         x, t = solution[..., :n], solution[..., n:]
-        top = _times(self.hessian, x) + _times(self.jacobian.transpose(-1, -2), t)
-        rows = torch.where(self.active, _times(self.jacobian, x), t)
+        top = self.hessian.times(x) + self.jacobian.transposed_times(t)
+        rows = torch.where(self.active, self.jacobian.times(x), t)
         return torch.cat([torch.where(self.fixed, x, top) if self._any_fixed else top, rows], dim=-1)
 
+    # -- samples without what they do not keep --------------------------------------------------------
 
-def _solver(choice: Any, transformed: bool) -> LinearSolver:
+    def _pack(self, values: torch.Tensor) -> torch.Tensor:
+        return values if self._packing is None else values.gather(-1, self._packing.all)
+
+    def _unpack(self, values: torch.Tensor, absent: float) -> torch.Tensor:
+        if self._packing is None:
+            return values
+        whole = values.new_full(self._kept.shape, absent)
+        return whole.scatter(-1, self._packing.all, values)
+
+
+@dataclass(frozen=True)
+class _Packing:
+    """Free variables and active rows of each sample, followed by others up to the longest sample.
+
+    A batch whose samples have 20 of 50 inequalities active needs no matrix with 50 rows for them.
+    """
+
+    variables: torch.Tensor  # (B, n') indices
+    rows: torch.Tensor  # (B, m') indices
+    all: torch.Tensor  # (B, n' + m') indices into [variables; rows]
+
+    @staticmethod
+    def of(free: torch.Tensor, active: torch.Tensor) -> _Packing | None:
+        n = free.shape[1]
+        variables, rows = _first(free), _first(active)
+        if n + active.shape[1] < _SCHUR or variables.shape[1] + rows.shape[1] == n + active.shape[1]:
+            return None
+        return _Packing(variables, rows, torch.cat([variables, rows + n], dim=1))
+
+    def hessian(self, matrix: torch.Tensor) -> torch.Tensor:
+        return _columns(_rows(matrix, self.variables), self.variables)
+
+    def border(self, matrix: torch.Tensor) -> torch.Tensor:
+        return _columns(_rows(matrix, self.rows), self.variables)
+
+
+def _first(mask: torch.Tensor) -> torch.Tensor:
+    """Indices that put what is set first, as many as the fullest sample has."""
+    count = int(mask.sum(-1).amax()) if mask.numel() else 0
+    return torch.argsort(~mask, dim=-1, stable=True)[:, :count]
+
+
+def _rows(matrix: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    return matrix.gather(1, index.unsqueeze(2).expand(-1, -1, matrix.shape[2]))
+
+
+def _columns(matrix: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    return matrix.gather(2, index.unsqueeze(1).expand(-1, matrix.shape[1], -1))
+
+
+def _solver(choice: Any, transformed: bool, hessian: Any, jacobian: Any) -> LinearSolver:
     if callable(choice):
         return Custom(choice)
     if transformed:
         return DenseInverse()
+    if choice == "auto":
+        size = sum(jacobian.shape[-2:])
+        if isinstance(hessian, Matrices) and size >= _LARGE:
+            nonzeros = hessian.pattern.nnz + 2 * jacobian.pattern.nnz
+            if nonzeros <= _SPARSE * size**2:
+                return SparseLU()
+        return Schur() if size >= _SCHUR else DenseLU()
     return {"sparse": SparseLU, "iterative": Iterative}.get(choice, DenseLU)()
 
 
-def _bordered(hessian: torch.Tensor, jacobian: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """The matrix with rows and columns of the identity in place of what is not ``kept``, (B, n + m)."""
-    corner = jacobian.new_zeros((*jacobian.shape[:-1], jacobian.shape[-2]))
-    top = torch.cat([hessian, jacobian.transpose(-1, -2)], dim=-1)
-    whole = torch.cat([top, torch.cat([jacobian, corner], dim=-1)], dim=-2)
-    masked = torch.where(kept.unsqueeze(-1) & kept.unsqueeze(-2), whole, 0.0)
-    return masked + torch.diag_embed((~kept).to(whole.dtype))
-
-
-def _units(hessian: torch.Tensor, jacobian: torch.Tensor) -> torch.Tensor:
+def _units(hessian: Operator, jacobian: Operator) -> torch.Tensor:
     """One unit for all variables such that H has norm one, and one a row such that it has, (B, n + m)."""
-    curvature = hessian.detach().abs().amax((-2, -1)).unsqueeze(-1)
+    curvature = hessian.largest().unsqueeze(-1)
     unit = torch.where(curvature > 0, curvature, 1.0).rsqrt()  # (B, 1)
-    rows = torch.linalg.vector_norm(jacobian.detach(), dim=-1)
+    rows = jacobian.row_norms()
     border = torch.where(rows > 0, rows * unit, 1.0).reciprocal()
     return torch.cat([unit.expand((*unit.shape[:-1], hessian.shape[-1])), border], dim=-1)
-
-
-def _times(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-    return torch.matmul(matrix, vector.unsqueeze(-1)).squeeze(-1)
