@@ -143,6 +143,8 @@ def _superlu(K: Bordered, sample: int) -> tuple[Callable[[Array], Array], Any]:
     matrix, where = K.kept_part(sample)
     if not len(where):
         return (lambda target: target), where
+    if not np.isfinite(matrix.data).all():
+        return (lambda target: np.full_like(target, np.nan)), where
     try:
         return splu(matrix).solve, where
     except RuntimeError:  # exactly singular: the condition estimate sees it

@@ -242,6 +242,17 @@ class _Frame:
         return sp.csc_array((values, number[self.rows[inside]], indptr), shape=(count, count))
 
 
+# Measured on one core: SuperLU beats dense LU from here on, on random patterns as on banded ones.
+_LARGE = 200  # unknowns
+_SPARSE = 0.02  # nonzeros over entries of the bordered matrix
+
+
+def large_and_sparse(hessian: Pattern, jacobian: Pattern) -> bool:
+    """Whether sparse algebra is the better one for a problem with these patterns."""
+    size = sum(jacobian.shape)
+    return size >= _LARGE and hessian.nnz + 2 * jacobian.nnz <= _SPARSE * size**2
+
+
 @lru_cache(maxsize=32)
 def _frame(hessian: Pattern, border: Pattern) -> _Frame:
     n, size = hessian.shape[0], hessian.shape[0] + border.shape[0]

@@ -39,14 +39,11 @@ from ddn_solvers.kkt.linear import (
     equilibrate,
     without_symmetry,
 )
-from ddn_solvers.kkt.operator import Bordered, Dense, Operator, Sparse
+from ddn_solvers.kkt.operator import Bordered, Dense, Operator, Sparse, large_and_sparse
 from ddn_solvers.lowering.pattern import Matrices
 
 _REFINEMENTS = 4
 _ROUNDING = 4e-15  # backward error |r| / (|b| + |K| |x|) at which a refined solution is taken
-# Measured on one core: SuperLU beats dense LU from here on, on random patterns as on banded ones.
-_LARGE = 200  # unknowns
-_SPARSE = 0.02  # nonzeros over entries of the bordered matrix
 _SCHUR = 40  # unknowns from which two small Cholesky factorizations beat one LU
 
 
@@ -181,9 +178,16 @@ class System:
             solution = solution + torch.where(self.singular.unsqueeze(-1), 0.0, self._factored(residual))
         if not self._moved and not isinstance(self._solver, Schur):
             return solution  # as good as this solver gets
-        choice = self._choice if self._moved else "dense"
-        known = {"singular": self.singular, "any_singular": self._repair, "linear_solver": choice}
-        return System(self.hessian, self.jacobian, self.active, self.fixed, **known)._factored(rhs)
+        afresh = System(
+            self.hessian,
+            self.jacobian,
+            self.active,
+            self.fixed,
+            singular=self.singular,
+            any_singular=self._repair,
+            linear_solver=self._choice if self._moved else "dense",
+        )
+        return afresh._factored(rhs)
 
     def _product(self, solution: torch.Tensor) -> torch.Tensor:
         n = self.hessian.shape[-1]
@@ -250,12 +254,10 @@ def _solver(choice: Any, transformed: bool, hessian: Any, jacobian: Any) -> Line
     if transformed:
         return DenseInverse()
     if choice == "auto":
-        size = sum(jacobian.shape[-2:])
-        if isinstance(hessian, Matrices) and size >= _LARGE:
-            nonzeros = hessian.pattern.nnz + 2 * jacobian.pattern.nnz
-            if nonzeros <= _SPARSE * size**2:
-                return SparseLU()
-        return Schur() if size >= _SCHUR else DenseLU()
+        sparse = isinstance(hessian, Matrices) and large_and_sparse(hessian.pattern, jacobian.pattern)
+        if sparse:
+            return SparseLU()
+        return Schur() if sum(jacobian.shape[-2:]) >= _SCHUR else DenseLU()
     return {"sparse": SparseLU, "iterative": Iterative}.get(choice, DenseLU)()
 
 
