@@ -7,7 +7,9 @@ With the scaled slack s and multiplier l of ``residuals.py`` and a tolerance t:
     weakly active     neither: the derivative is one-sided there, the policy decides
 
 Where a point is not good enough for that, the larger of the two decides. Equalities are always
-active, whatever their multiplier.
+active, whatever their multiplier. A kink is a side like an inequality; see ``residuals.py`` for its slack and
+multiplier. One whose weight vanishes with it, such as that of relu(u)^2, only bends: the second derivative
+jumps there, nothing holds the point, and it is weakly active without being a row.
 """
 
 from __future__ import annotations
@@ -18,16 +20,17 @@ from typing import Any
 import numpy as np
 
 from ddn_solvers.arrays import Array, Mask
+from ddn_solvers.pieces import spread
 from ddn_solvers.residuals import Evaluation
 
 
 @dataclass(frozen=True)
 class ActiveSet:
-    """Active constraints of a batch. ``sides`` are inequalities, lower bounds, upper bounds, in that order.
+    """Active constraints of a batch. ``sides``: inequalities, kinks, lower bounds, upper bounds, in that order.
 
     Attributes:
-        sides: Which of them hold with equality, (B, q + 2n); a variable's two bounds never both.
-        weak: Which of those are weakly active, (B, q + 2n).
+        sides: Which of them hold with equality, (B, q + k + 2n); a variable's two bounds never both.
+        weak: Which of those are weakly active, (B, q + k + 2n).
         margin: Smallest over all sides of the larger of scaled slack and multiplier, (B,).
         equalities: Number of equality constraints.
         n: Number of variables.
@@ -41,7 +44,7 @@ class ActiveSet:
 
     @property
     def constraints(self) -> Mask:
-        """Active rows of c = [h; g], (B, m)."""
+        """Active rows of c = [h; g; kinks], (B, m)."""
         always = np.ones((len(self.sides), self.equalities), dtype=bool)
         return np.concatenate([always, self.sides[:, : -2 * self.n]], axis=1)
 
@@ -71,6 +74,12 @@ def identify(evaluation: Evaluation, tolerance: float | np.ndarray[Any, Any]) ->
     weak = (slack <= tolerance) & (multiplier <= tolerance)
     sides = weak | (multiplier > slack)
     larger = np.where(np.isfinite(slack), np.maximum(slack, multiplier), np.inf)
+    if evaluation.program.pieces is not None:
+        kinks, idle = kink_sides(evaluation), evaluation.idle_kinks
+        bends = (evaluation.scaled_kink_weights <= tolerance) & evaluation.program.numbers
+        sides[:, kinks] &= ~idle & ~bends
+        weak[:, kinks] &= ~idle
+        larger[:, kinks] = np.where(idle, np.inf, larger[:, kinks])
     fixed = fixed_by_bounds(evaluation)
     n = fixed.shape[1]
     # A fixed variable stays where it is whatever the force on it, so neither of its bounds is weak.
@@ -80,7 +89,62 @@ def identify(evaluation: Evaluation, tolerance: float | np.ndarray[Any, Any]) ->
     sides = np.concatenate([sides[:, : -2 * n], lower, upper], axis=1)
     twice = np.concatenate([np.zeros_like(sides[:, : -2 * n]), fixed, fixed], axis=1)
     margin = np.where(twice, np.inf, larger).min(axis=1, initial=np.inf)
-    return ActiveSet(sides, weak & sides & ~twice, margin, evaluation.program.equality.size, n)
+    return ActiveSet(sides, weak & ~twice, margin, evaluation.program.equality.size, n)
+
+
+def kink_sides(evaluation: Evaluation) -> slice:
+    """Where the kinks are among the sides."""
+    start = evaluation.program.inequality.size
+    return slice(start, start + evaluation.point.pieces.shape[1])
+
+
+def settled(evaluation: Evaluation, active: ActiveSet) -> Evaluation:
+    """The same points on the pieces that ``active`` says: sigma = 0 on a kink, and mu = 0 off it.
+
+    A weakly active one is on the piece to which its force leads. A kink that is left is left to the side to which it is pushed too hard, or on which the point lies; one that
+    is reached takes over the force of its piece.
+    """
+    point, program = evaluation.point, evaluation.program
+    if program.pieces is None:
+        return evaluation
+    kinks = kink_sides(evaluation)
+    on, weak = active.sides[:, kinks], active.weak[:, kinks] & program.numbers
+    sigma, mu = point.pieces, evaluation.kink_forces
+    pushed = weak | (-evaluation.scaled_multiplier[:, kinks] > evaluation.scaled_slack[:, kinks])
+    side = np.where(pushed & (mu != 0), mu, evaluation.kink_residuals)
+    side = np.where((side < 0) & program.numbers, -1.0, 1.0)
+    stays = (sigma != 0) & ~evaluation.idle_kinks
+    pieces = np.where(on & ~weak, 0.0, np.where(stays, sigma, side))
+    if np.array_equal(pieces, sigma):
+        return evaluation
+    return _on_pieces(evaluation, pieces, on)
+
+
+def _on_pieces(evaluation: Evaluation, pieces: Array, on: Mask) -> Evaluation:
+    """The same points on other pieces; the whole force of a kink, mu + sigma w, stays where it is ``on``."""
+    point = evaluation.point
+    mu = evaluation.kink_forces + (point.pieces - pieces) * evaluation.kink_weights
+    y = point.y.copy()
+    y[:, evaluation.program.constraints :] = np.where(on, mu, 0.0)
+    return Evaluation.at(evaluation.program, evaluation.bound, replace(point, y=y, pieces=pieces))
+
+
+def off_kinks(evaluation: Evaluation, active: ActiveSet) -> tuple[Evaluation, ActiveSet]:
+    """The points with an element of Clarke's subdifferential in place of each kink, whose row is dropped.
+
+    sigma = 0, the middle of the subdifferential; for a maximum an even share of each entry that ties. The
+    derivative of what results is the paper's Dy (Gould et al. 2019, section 5.2).
+    """
+    pieces, kinks = evaluation.program.pieces, kink_sides(evaluation)
+    if pieces is None or not active.sides[:, kinks].any():
+        return evaluation, active
+    on = active.sides[:, kinks]
+    sigma = np.where(on, 0.0, evaluation.point.pieces)
+    shares = np.array([spread(pieces.branches, one) for one in sigma])
+    sides, weak = active.sides.copy(), active.weak.copy()
+    sides[:, kinks] = weak[:, kinks] = False
+    none = np.zeros_like(on)
+    return _on_pieces(evaluation, shares, none), replace(active, sides=sides, weak=weak)
 
 
 def fixed_by_bounds(evaluation: Evaluation) -> Mask:

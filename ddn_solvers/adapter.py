@@ -46,7 +46,8 @@ from ddn_solvers.solution import Status
 if TYPE_CHECKING:
     import scipy.sparse as sp
 
-    from ddn_solvers.program import FirstOrder, Program
+    from ddn_solvers.evaluators import FirstOrder
+    from ddn_solvers.program import Program
 
 __all__ = [
     "Adapter",
@@ -180,6 +181,8 @@ class Method:
         classes: Problem classes it solves natively.
         features: Features it takes.
         duals: It returns multipliers.
+        kinks: It models absolute values, maxima and norms itself. For other methods they are lifted into
+            inequalities where that is possible; ``Feature.NONSMOOTH`` is then about the rest.
         package: Import name that it needs beyond the backend's own, or ``None``.
         pip: What ``pip install`` has to be given for that.
         dialect: Its names for options, and its statuses.
@@ -189,6 +192,7 @@ class Method:
     classes: frozenset[ProblemClass]
     features: frozenset[Feature]
     duals: bool = True
+    kinks: bool = False
     package: str | None = None
     pip: str | None = None
     dialect: Dialect = Dialect()

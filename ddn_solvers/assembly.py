@@ -23,7 +23,9 @@ def assemble(
     give, m, n = binding.give_back, program.equality.size, program.variables.size
     dual = DualSolution(
         equality=program.equality.split(give(outputs.y[:, :m], m)),
-        inequality=program.inequality.split(give(outputs.y[:, m:], program.inequality.size)),
+        inequality=program.inequality.split(
+            give(outputs.y[:, m : program.constraints], program.inequality.size)
+        ),
         lower=program.variables.split(give(outputs.lower, n)),
         upper=program.variables.split(give(outputs.upper, n)),
     )

@@ -36,8 +36,7 @@ def diagnose(program: Program, bound: Bound, z: Array, accuracy: float) -> tuple
 
 
 def _evaluate(program: Program, bound: Bound, z: Array) -> Evaluation:
-    zero = np.zeros((1, len(z)))
-    return Evaluation.at(program, bound, PrimalDual(z[None], np.zeros((1, program.constraints)), zero, zero))
+    return Evaluation.at(program, bound, PrimalDual.resting(program, bound.parameters, z[None]))
 
 
 def nearest_feasible(program: Program, bound: Bound, z: Array) -> Array:
@@ -57,7 +56,7 @@ def nearest_feasible(program: Program, bound: Bound, z: Array) -> Array:
         evaluation = _evaluate(program, bound, embed(values))
         violated = _violation(program, bound, embed(values)) > 0
         violated[: program.equality.size] = True
-        return (evaluation.jacobian[0] * violated[:, None])[:, free]
+        return (evaluation.jacobian[0, : program.constraints] * violated[:, None])[:, free]
 
     if not free.any():
         return start

@@ -35,7 +35,10 @@ class Compiled:
         program = self.program
         able = registry.able(program)
         auto = (
-            ", then ".join(f"{r.backend}:{r.method.name}" for r in routes("auto", program))
+            ", then ".join(
+                f"{r.backend}:{r.method.name}" + (" on lifted kinks" if r.lifted else "")
+                for r in routes("auto", program)
+            )
             if able
             else "none"
         )
@@ -96,14 +99,13 @@ def _density(pattern: Pattern) -> str:
 
 
 def _kinks(program: Program) -> str:
-    if not program.kinks:
-        return "none"
-    names = list(
-        dict.fromkeys(
-            f"'{k.operation}' at {k.source}" if k.source else f"'{k.operation}'" for k in program.kinks
-        )
-    )
-    return f"{len(program.kinks)}, of {', '.join(names)}"
+    """Those that are handled as rows of the KKT system, and those at which no derivative is given."""
+    handled = program.pieces.kinks if program.pieces is not None else ()
+    parts = []
+    for kinks, what in ((handled, ""), (program.kinks, " (refused where a solution sits on them)")):
+        if kinks:
+            parts.append(f"{len(kinks)}, of {', '.join(dict.fromkeys(map(str, kinks)))}{what}")
+    return "; ".join(parts) or "none"
 
 
 def _convexity(program: Program) -> str:

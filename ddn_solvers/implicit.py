@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ddn_solvers.arrays import Array, Index
+from ddn_solvers.arrays import Array, Index, Mask
 from ddn_solvers.errors import DegeneracyWarning, SensitivityError, warn_caller
-from ddn_solvers.kkt.derivative import Cotangents, Linearisation, Multipliers, TorchLinearisation, scale_rows
-from ddn_solvers.kkt.verify import Verified
+from ddn_solvers.kkt.conditions import Cotangents, Multipliers
+from ddn_solvers.kkt.derivative import Linearisation, TorchLinearisation, scale_rows
+from ddn_solvers.kkt.verify import Verified, on_chosen_pieces
 from ddn_solvers.policy import Policy
 from ddn_solvers.program import Program
 
@@ -27,13 +28,14 @@ class Outputs(NamedTuple):
     """What the operation returns; what follows the objective is not differentiable."""
 
     z: torch.Tensor  # (B, n)
-    y: torch.Tensor  # (B, m)
+    y: torch.Tensor  # (B, m), kinks included
     lower: torch.Tensor  # (B, n)
     upper: torch.Tensor  # (B, n)
     objective: torch.Tensor  # (B,)
-    sides: torch.Tensor  # (B, q + 2n) bool, see ActiveSet
-    weak: torch.Tensor  # (B, q + 2n) bool
-    singular: torch.Tensor  # (B,) bool
+    pieces: torch.Tensor  # (B, k), see PrimalDual
+    sides: torch.Tensor  # (B, q + k + 2n) bool, see ActiveSet
+    weak: torch.Tensor  # (B, q + k + 2n) bool
+    singular: torch.Tensor  # (B, 2) bool: with and without the weakly active rows
     gradient_scale: torch.Tensor  # (B,): 1; 0 for masked and NaN for failed samples
     converged: torch.Tensor  # (B,) bool
     residuals: torch.Tensor  # (B, 3): stationarity, feasibility, complementarity, unscaled
@@ -52,6 +54,7 @@ class Operation:
         find: Parameter blocks, (B, size) or shared (size,), to outputs.
         verified: Set by ``find``: what was established about the points it returned.
         failed: Set by ``find``: some sample has no derivative (masked or NaN).
+        any_singular: Set by ``find``: some KKT matrix is singular, with or without weakly active rows.
     """
 
     program: Program
@@ -59,12 +62,26 @@ class Operation:
     find: Callable[[tuple[Array, ...]], Outputs]
     verified: Verified | None = None
     failed: bool = False
+    any_singular: bool = False
     _linearisation: Linearisation | None = None
 
     def established(self) -> Verified:
         """``verified``, once ``find`` has run."""
         assert self.verified is not None
         return self.verified
+
+    def depends_on_direction(self) -> bool:
+        """Whether forward mode has to ask for directional derivatives: some sample has no linear one."""
+        verified = self.established()
+        return verified.one_sided or (
+            verified.degenerate and bool(self.linearisation(self.good).directional.any())
+        )
+
+    @property
+    def good(self) -> Index:
+        """Samples that have a derivative."""
+        verified = self.established()
+        return np.flatnonzero(verified.optimal) if self.failed else np.arange(len(verified.status))
 
     def linearisation(self, good: Index) -> Linearisation:
         """The KKT systems of the samples ``good`` of the batch that ``find`` returned, factored once."""
@@ -87,9 +104,7 @@ def check_derivative(policy: Policy, verified: Verified) -> None:
         SensitivityError: The policy refuses it.
     """
     if policy.smoothing > 0:
-        raise SensitivityError(
-            "policy.smoothing is not available in this version; set it to 0 for the exact derivative"
-        )
+        return  # what is smoothed is neither one-sided nor singular
     if verified.one_sided and policy.weakly_active == "raise":
         raise SensitivityError(
             "a constraint is weakly active (neither slack nor multiplier), so the derivative is one-sided. "
@@ -110,7 +125,7 @@ def check_derivative(policy: Policy, verified: Verified) -> None:
 
 def outputs_of(operation: Operation, verified: Verified) -> Outputs:
     """A verified batch as the operation's outputs; failed samples as ``policy.on_failure`` says."""
-    operation.verified = verified
+    operation.verified = verified = on_chosen_pieces(verified, operation.policy)
     converged, on_failure = verified.optimal, operation.policy.on_failure
     evaluation, active = verified.evaluation, verified.active
     point = evaluation.point
@@ -125,8 +140,22 @@ def outputs_of(operation: Operation, verified: Verified) -> Outputs:
         for array in arrays:
             array[~converged] = np.nan
     norms = np.stack(evaluation.norms, axis=1)
-    rest = [active.sides, active.weak, verified.singular, scale, converged, norms]
+    singular = np.stack([verified.singular, _singular_without_weak(operation, verified)], axis=1)
+    rest = [point.pieces, active.sides, active.weak, singular, scale, converged, norms]
     return Outputs(*(torch.from_numpy(np.ascontiguousarray(a)) for a in (*arrays, *rest)))
+
+
+def _singular_without_weak(operation: Operation, verified: Verified) -> Mask:
+    """Singular samples of the system without the weakly active rows, where the policy asks for it, (B,)."""
+    singular = verified.singular.copy()
+    weak = np.flatnonzero(verified.active.weak.any(axis=1) & verified.optimal)
+    if weak.size and operation.policy.weakly_active in ("inactive", "mean"):
+        here = Linearisation(
+            verified.evaluation.take(weak), verified.active.take(weak), singular[weak], operation.policy
+        )
+        singular[weak] = here.singular_without_weak
+    operation.any_singular = bool(singular.any() or verified.singular.any())
+    return singular
 
 
 def apply(operation: Operation, blocks: Sequence[torch.Tensor]) -> Outputs:
@@ -176,22 +205,75 @@ class _Implicit(torch.autograd.Function):
         check_derivative(operation.policy, operation.established())
         _refuse_nested_forward_mode()
         full = [torch.zeros_like(b) if t is None else t for t, b in zip(tangents, blocks, strict=True)]
-        changes = _torch_linearisation(operation, blocks, outputs).jvp(full)
+        if operation.depends_on_direction():
+            changes = _Directional.apply(operation, *full)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        else:
+            changes = _torch_linearisation(operation, blocks, outputs).jvp(full)
         scaled = [scale_rows(change, outputs.gradient_scale) for change in changes]
         return (*scaled, *(None,) * (len(outputs) - _DIFFERENTIABLE))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], operation: Operation, *blocks: torch.Tensor) -> Any:
-        size = info.batch_size
-        moved = [b if d is None else b.movedim(d, 0) for b, d in zip(blocks, in_dims[1:], strict=True)]
-        mapped = [d is not None for d in in_dims[1:]]
-        inner = max(
-            (b.shape[-2] for b, d in zip(moved, mapped, strict=True) if b.dim() - d == 2), default=None
+        return _mapped(_Implicit, info.batch_size, in_dims, operation, blocks)
+
+
+class _Directional(torch.autograd.Function):
+    """Tangents of blocks, (B, size) or shared (size,) -> tangents of the outputs; not linear, so not differentiable."""
+
+    @staticmethod
+    def forward(operation: Operation, *tangents: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        samples, good = len(operation.established().status), operation.good
+        rows = max((len(t) for t in tangents if t.dim() == 2), default=samples)
+        # Under vmap there may be several tangents a sample, one after the other for the whole batch.
+        index = np.concatenate([good + start for start in range(0, rows, samples)])
+        linearisation = operation.linearisation(good)
+        if len(index) != len(good):
+            at = np.tile(np.arange(len(good)), rows // samples)
+            linearisation = Linearisation(
+                linearisation.evaluation.take(at),
+                linearisation.active.take(at),
+                linearisation.singular[at],
+                operation.policy,
+            )
+        picked = [t.numpy() if t.dim() == 1 else t.numpy()[index] for t in tangents]
+        changes = []
+        for part in linearisation.jvp(picked):
+            whole = part.new_zeros((rows, *part.shape[1:]))
+            whole[index] = part
+            changes.append(whole)
+        return tuple(changes)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        """Nothing is kept: see ``backward``."""
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> Any:
+        raise SensitivityError(
+            "a directional derivative at a weakly active constraint is not linear in its tangent and has no "
+            "derivative; see solution.certificate"
         )
-        flat = [_flatten(b, d, size, inner) for b, d in zip(moved, mapped, strict=True)]
-        outputs = _Implicit.apply(operation, *flat)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        batch = 1 if inner is None else inner
-        return tuple(o.reshape(size, batch, *o.shape[1:]) for o in outputs), (0,) * len(outputs)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], operation: Operation, *tangents: torch.Tensor) -> Any:
+        return _mapped(_Directional, info.batch_size, in_dims, operation, tangents)
+
+
+def _mapped(
+    function: type[torch.autograd.Function],
+    size: int,
+    in_dims: tuple[Any, ...],
+    operation: Operation,
+    blocks: Sequence[torch.Tensor],
+) -> Any:
+    """vmap of an operation on blocks: the mapped dimension becomes part of its own batch."""
+    moved = [b if d is None else b.movedim(d, 0) for b, d in zip(blocks, in_dims[1:], strict=True)]
+    mapped = [d is not None for d in in_dims[1:]]
+    inner = max((b.shape[-2] for b, d in zip(moved, mapped, strict=True) if b.dim() - d == 2), default=None)
+    flat = [_flatten(b, d, size, inner) for b, d in zip(moved, mapped, strict=True)]
+    outputs = function.apply(operation, *flat)
+    batch = 1 if inner is None else inner
+    return tuple(o.reshape(size, batch, *o.shape[1:]) for o in outputs), (0,) * len(outputs)
 
 
 def _refuse_nested_forward_mode() -> None:
@@ -264,10 +346,11 @@ def _torch_linearisation(
         blocks,
         outputs.z,
         Multipliers(outputs.y, outputs.lower, outputs.upper),
+        outputs.pieces,
         outputs.sides,
         outputs.weak,
         outputs.singular,
-        bool(operation.established().singular.any()),
+        operation.any_singular,
         operation.policy,
     )
 
@@ -283,5 +366,7 @@ def _without_failures(
         shaped = good.reshape(-1, *[1] * (values.dim() - 1))
         return torch.where(shaped, values, values.index_select(0, stand_in))
 
-    kept = {name: replaced(getattr(outputs, name)) for name in ("z", "y", "lower", "upper", "singular")}
+    kept = {
+        name: replaced(getattr(outputs, name)) for name in ("z", "y", "lower", "upper", "pieces", "singular")
+    }
     return [replaced(b) if b.dim() == 2 else b for b in blocks], outputs._replace(**kept)

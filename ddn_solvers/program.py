@@ -7,53 +7,38 @@ block, (B, size) or (size,) where all samples share it. Constraints are stacked,
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import fx
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from ddn_solvers.adapter import Feature, ProblemClass, QuadraticForm
 from ddn_solvers.arrays import Array
 from ddn_solvers.captures import Overrides
+from ddn_solvers.evaluators import Evaluators
 from ddn_solvers.inertia import positive_definite
 from ddn_solvers.layout import Block, Layout
-from ddn_solvers.lowering.pattern import Pattern
+from ddn_solvers.pieces import Kink, Pieces, find_pieces, lift
 from ddn_solvers.problem import Problem
-from ddn_solvers.terms import Substitution, evaluate
+from ddn_solvers.terms import Substitution, Term, evaluate
 from ddn_solvers.trace import Graph, dependent_nodes, operation_name, trace
 
 if TYPE_CHECKING:
     from ddn_solvers.lowering.callbacks import CallbackFunctions
-    from ddn_solvers.lowering.kernel import Kernel
     from ddn_solvers.lowering.symbolic import SymbolicFunctions
 
-T = TypeVar("T")
+_LIFTED = "kink_magnitudes_"  # the variable that a lifted problem has besides its own
 
 
-@dataclass(frozen=True)
-class FirstOrder:
-    """Values and first derivatives of a batch."""
-
-    objective: Array  # (B,)
-    gradient: Array  # (B, n)
-    constraints: Array  # (B, equalities + inequalities)
-    jacobian: Array  # (B, nnz), in the order of Program.jacobian_pattern
-
-
-@dataclass(frozen=True)
-class Kink:
-    """A point where one of the problem's terms is not differentiable."""
-
-    operation: str
-    source: str
-
-
-class Program:
+class Program(Evaluators):
     """A problem compiled for one state of what its functions capture.
+
+    As evaluators it has the functions as they are declared, which is what backends call.
 
     Attributes:
         problem: The declaration.
@@ -74,10 +59,8 @@ class Program:
             *(Block(name, shape, 0) for name, shape in problem.parameters.items()),
             *(Block(accessor.name, shape, 0) for accessor, shape in captured),
         )
-        self._memo: dict[Hashable, Any] = {}
-        self._lock = threading.RLock()
         self.refusal: str | None = None
-        self._functions = self._compile()
+        super().__init__(self._compile(), self.constraints, len(self.parameters))
 
     # -- compilation ------------------------------------------------------------------------------
 
@@ -93,7 +76,7 @@ class Program:
 
     @property
     def constraints(self) -> int:
-        """Number of rows of c."""
+        """Number of rows of c = [h; g]."""
         return self.equality.size + self.inequality.size
 
     def _compile(self) -> SymbolicFunctions | CallbackFunctions:
@@ -111,38 +94,78 @@ class Program:
         self.refusal = why
         return CallbackFunctions(self.evaluate, self.variables.size, self.constraints, sizes)
 
-    def memo(self, key: Hashable, build: Callable[[], T]) -> T:
-        """What ``build`` returned the first time; for models that a backend makes once a problem."""
-        with self._lock:
-            if key not in self._memo:
-                self._memo[key] = build()
-            value: T = self._memo[key]
-            return value
+    # -- kinks ------------------------------------------------------------------------------------
 
-    def _kernel(self, name: str, reduced: dict[int, int] | None = None) -> Kernel:
-        from ddn_solvers.lowering.kernel import Kernel
+    @cached_property
+    def pieces(self) -> Pieces | None:
+        """The smooth pieces of a compiled problem with kinks; ``None`` where it has none that are known."""
+        if self.graph.module is None or not self.compiled or not self._functions.kink_terms:
+            return None
+        with temporarily_clear_interpreter_stack():  # a graph may be made inside a torch.func transform
+            return find_pieces(self.graph.module, len(self.variables))
 
-        return self.memo(("kernel", name), lambda: Kernel(getattr(self._functions, name), reduced))
+    @cached_property
+    def smooth(self) -> Evaluators:
+        """The functions on a smooth piece, with rows for the kinks behind c: what the KKT module calls.
 
-    @property
-    def functions(self) -> SymbolicFunctions | CallbackFunctions:
-        """The CasADi functions themselves (values, first_order, hessian, bounds, ...)."""
-        return self._functions
+        Their parameters are those of the problem and then, where there are pieces, sigma and tau.
+        """
+        if self.pieces is None:
+            return self
+        from ddn_solvers.lowering.symbolic import SymbolicFunctions
 
-    # -- structure --------------------------------------------------------------------------------
+        kinks = len(self.pieces.kinks)
+        sizes = [block.size for block in self.parameters]
+        outputs = (*self.graph.outputs, ("kink", ""))
+        functions = SymbolicFunctions(
+            self.pieces.smooth, outputs, self.variables, [*sizes, kinks, kinks], len(sizes)
+        )
+        return Evaluators(functions, self.constraints + kinks, len(sizes))
 
-    @property
-    def jacobian_pattern(self) -> Pattern:
-        return self._functions.jacobian_pattern
+    def pieces_at(self, z: Array, parameters: Sequence[Array]) -> Array:
+        """sigma of the pieces on which the points z (B, n) lie, (B, kinks)."""
+        pieces = self.pieces
+        if pieces is None:
+            return np.zeros((len(z), 0))
+        sigma = np.ones((len(z), len(pieces.kinks)))
+        for _ in pieces.kinks:  # a kink inside another one has to be known first
+            _, c = self.smooth.values(z, (*parameters, sigma, np.zeros_like(sigma)))
+            found = np.where(self.numbers, np.sign(c[:, self.constraints :]), 1.0)
+            if np.array_equal(found, sigma):
+                break
+            sigma = found
+        return sigma
 
-    @property
-    def hessian_pattern(self) -> Pattern:
-        return self._functions.hessian_pattern
+    @cached_property
+    def numbers(self) -> Any:
+        """Which kinks are those of one number, whose sigma is a sign, (kinks,) bool."""
+        return self.pieces.is_number if self.pieces is not None else np.zeros(0, dtype=bool)
+
+    @cached_property
+    def lifted(self) -> Program | None:
+        """The problem with a variable t >= |r| in place of each known kink; ``None`` without any.
+
+        A solution has t = |r| where every |r| is pushed down (the kinks are convex), and then it is one of
+        this problem.
+        """
+        if self.pieces is None:
+            return None
+        with temporarily_clear_interpreter_stack():
+            module, rows = lift(self.pieces, len(self.variables))
+        groups = len(self.pieces.first)
+        problem = replace(self.problem, variables={**self.problem.variables, _LIFTED: (groups,)})
+        graph = replace(
+            self.graph,
+            module=module,
+            terms=(*self.graph.terms, Term("inequality", _LIFTED, _not_called, ())),
+            shapes=(*self.graph.shapes, (rows,)),
+        )
+        return Program(problem, graph)
 
     @cached_property
     def kinks(self) -> tuple[Kink, ...]:
-        """One entry for each element of what ``kink_residuals`` returns."""
-        terms = self._functions.kink_terms
+        """The kinks without pieces: one entry for each element of what ``smooth.kink_residuals`` returns."""
+        terms = self.smooth.functions.kink_terms
         return tuple(Kink(k.operation, k.source) for k in terms for _ in range(k.residual.numel()))
 
     def degree(self, kind: str, name: str = "") -> int | None:
@@ -201,56 +224,7 @@ class Program:
         }
         return frozenset(feature for feature, there in present.items() if there)
 
-    # -- evaluation -------------------------------------------------------------------------------
-
-    def values(self, z: Array, parameters: Sequence[Array]) -> tuple[Array, Array]:
-        """f (B, 1) and c (B, constraints)."""
-        f, c = self._kernel("values")(_batched(z), *parameters)
-        return f, c
-
-    def first_order(self, z: Array, parameters: Sequence[Array]) -> FirstOrder:
-        f, gradient, c, jacobian = self._kernel("first_order")(_batched(z), *parameters)
-        return FirstOrder(f[:, 0], gradient, c, jacobian)
-
-    def hessian(self, z: Array, parameters: Sequence[Array], weights: Array, objective: float = 1.0) -> Array:
-        """Nonzeros of the Hessian of objective * f + weights^T c, (B, nnz)."""
-        z = _batched(z)
-        sigma = np.full((len(z), 1), objective)
-        weights = np.broadcast_to(weights, (len(z), self.constraints))
-        return self._kernel("hessian")(z, *parameters, weights, sigma)[0]
-
-    def bounds(self, parameters: Sequence[Array]) -> tuple[Array, Array]:
-        """lower and upper, (B, n), infinite where there is none."""
-        lower, upper = self._kernel("bounds")(*parameters)
-        return lower, upper
-
-    def kink_residuals(self, z: Array, parameters: Sequence[Array]) -> Array:
-        """(B, len(kinks)); an entry is zero where that operation is not differentiable."""
-        return self._kernel("kinks")(_batched(z), *parameters)[0]
-
-    def adjoint(
-        self,
-        z: Array,
-        parameters: Sequence[Array],
-        y: Array,
-        w: Array,
-        s: Array,
-        sl: Array,
-        su: Array,
-        e: Array,
-    ) -> list[Array]:
-        """Gradient of e f - w^T grad_z(f + y^T c) - s^T c - sl^T lower + su^T upper by parameter block.
-
-        (B, size) each, or (size,), summed over the batch, for a shared block.
-        """
-        reduced = {i: 1 + i for i in range(len(self.parameters))}
-        return self._kernel("adjoint", reduced)(_batched(z), *parameters, y, w, s, sl, su, e)
-
-    def tangent(
-        self, z: Array, parameters: Sequence[Array], y: Array, tangents: Sequence[Array]
-    ) -> list[Array]:
-        """Directional derivatives of grad_z(f + y^T c), c, lower, upper along ``tangents``."""
-        return self._kernel("tangent")(_batched(z), *parameters, y, *tangents)
+    # -- evaluation --------------------------------------------------------------------------------
 
     def quadratic_forms(self, parameters: Sequence[Array]) -> list[QuadraticForm]:
         """Coefficients at z = 0, one form a sample; exact for an LP or a QP."""
@@ -275,19 +249,19 @@ class Program:
             )
         return forms
 
-    def evaluate_nodes(self, nodes: Sequence[fx.Node], parameters: Sequence[Array]) -> list[Array]:
-        """Values of graph nodes that depend on parameters alone, (B, size) each."""
-        from ddn_solvers.lowering.kernel import Kernel
+    def evaluate(
+        self, z: torch.Tensor, parameters: Sequence[torch.Tensor], sigma: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        """f (), c, lower, upper of one instance in torch, differentiable to any order; flat inputs.
 
-        key = ("nodes", *(node.name for node in nodes))
-        kernel = self.memo(key, lambda: Kernel(self._functions.nodes(nodes)))  # type: ignore[union-attr]  # only where there is a graph
-        return kernel(*parameters)
-
-    def evaluate(self, z: torch.Tensor, parameters: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """f (), c, lower, upper of one instance in torch, differentiable to any order; flat inputs."""
+        With ``sigma``, (kinks,), of that smooth piece, with the rows of the kinks behind c.
+        """
         variables = list(self.variables.split(z).values())
         blocks = [p.reshape(block.shape) for p, block in zip(parameters, self.parameters, strict=True)]
-        if self.graph.module is not None and self.compiled:
+        kinks = z.new_zeros(0)
+        if sigma is not None and self.pieces is not None:
+            *outputs, kinks = self.pieces.smooth(*variables, *blocks, sigma, torch.zeros_like(sigma))
+        elif self.graph.module is not None and self.compiled:
             outputs = self.graph.module(*variables, *blocks)
         else:
             outputs = self._call_functions(variables, blocks)
@@ -302,7 +276,7 @@ class Program:
                 for b in self.variables
             ]
             sides.append(torch.cat(parts))
-        return by_term["objective", ""], torch.cat(rows) if rows else z.new_zeros(0), sides[0], sides[1]
+        return by_term["objective", ""], torch.cat([*rows, kinks]), sides[0], sides[1]
 
     def _call_functions(self, variables: list[torch.Tensor], blocks: list[torch.Tensor]) -> Any:
         """The user's functions themselves, with ``blocks`` in place of what they capture."""
@@ -312,6 +286,11 @@ class Program:
         originals = self.graph.read_captures(None)
         stand_ins = {id(t): block for t, block in zip(originals, blocks[declared:], strict=True)}
         return evaluate(self.graph.terms, inputs, Substitution(stand_ins, tracing=False))
+
+
+def _not_called(**_: torch.Tensor) -> torch.Tensor:
+    """Stands where a term is defined by the graph alone."""
+    raise AssertionError("a lifted problem has a graph")
 
 
 def compile_program(problem: Problem, overrides: Overrides | None = None) -> Program:
@@ -331,10 +310,6 @@ _LOCK = threading.RLock()
 _DENSE = 500  # variables up to which all eigenvalues of a constant Hessian are computed
 _NEGLIGIBLE = 1e-8  # relative size of an eigenvalue that is no negative curvature, see kkt/curvature.py
 _MAX_PROGRAMS = 8  # states of captured values (train and eval mode, ...) kept for one problem
-
-
-def _batched(z: Array) -> Array:
-    return z if z.ndim == 2 else z[None]
 
 
 _SQUARES = ("square", "mse_loss")

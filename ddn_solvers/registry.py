@@ -85,9 +85,16 @@ def resolve(solver: str, program: Program) -> tuple[Adapter, Method]:
 def lacks(method: Method, program: Program) -> str:
     """What ``program`` needs and ``method`` does not take; empty if nothing."""
     missing = sorted(feature.value for feature in program.features - method.features)
-    if program.problem_class not in method.classes:
-        missing.insert(0, f"problems of class {program.problem_class.value}")
+    form = program.lifted if method.kinks and program.lifted is not None else program
+    if form.problem_class not in method.classes:
+        missing.insert(0, f"problems of class {form.problem_class.value}")
     return ", ".join(missing)
+
+
+def takes(method: Method, program: Program) -> bool:
+    """Whether a method takes the problem, as it is or with its kinks lifted."""
+    lifted = program.lifted
+    return not lacks(method, program) or (lifted is not None and not lacks(method, lifted))
 
 
 def able(program: Program) -> list[str]:
@@ -99,7 +106,7 @@ def able(program: Program) -> list[str]:
         except BackendNotInstalled:
             continue
         for method in found.capabilities.methods:
-            if not lacks(method, program) and _installed(method.package):
+            if takes(method, program) and _installed(method.package):
                 names.append(f"{backend}:{method.name}")
     return names
 

@@ -4,6 +4,11 @@
     feasibility      |h|, max(g, 0), max(lower - z, 0), max(z - upper, 0)
     complementarity  |multiplier * slack| of every inequality and bound
 
+A kink |r| (``pieces.py``) on which the point sits is like an inequality, with slack |r| and multiplier w - |mu|:
+its row r = 0 is active while the force mu on it is smaller than the weight w; when mu reaches w it leaves, to
+the side that sigma = sign(mu) names. Off the kink, on the piece sigma, it is the inequality -sigma r <= 0, and
+what would have to push it back is -sigma mu. Stationarity is then the distance to Clarke's subdifferential.
+
 Unscaled maximum norms are what the user sees. Decisions use the scaled ones, which do not change
 when the objective or a constraint row is multiplied by a number: a slack is a distance,
 s_i / (|J_i| max(1, |z|)), and a multiplier is a force, lambda_i |J_i| / (largest force at the point).
@@ -18,24 +23,33 @@ from typing import Any
 import numpy as np
 
 from ddn_solvers.arrays import Array
+from ddn_solvers.evaluators import Evaluators, FirstOrder
 from ddn_solvers.lowering.pattern import Matrices
-from ddn_solvers.program import FirstOrder, Program
+from ddn_solvers.program import Program
 
 _TINY = 1e-300
+_ROUNDING = 1e-13  # relative force that counts as none
 _VANISHING = 1e-2  # of the change of a row's gradient over a hundredth of the point's size
 
 
 @dataclass(frozen=True)
 class PrimalDual:
-    """A batch of points with multipliers, flat: y stacks those of h and g, l and r those of bounds."""
+    """A batch of points with multipliers, flat: y stacks those of h, g and kinks, l and r are those of bounds."""
 
     z: Array  # (B, n)
-    y: Array  # (B, equalities + inequalities)
+    y: Array  # (B, equalities + inequalities + kinks)
     lower: Array  # (B, n)
     upper: Array  # (B, n)
+    pieces: Array  # (B, kinks): sigma, the piece that each kink is on; 0 on the kink itself
+
+    @staticmethod
+    def resting(program: Program, parameters: tuple[Array, ...], z: Array) -> PrimalDual:
+        """Points without multipliers, on the pieces where they lie."""
+        y = np.zeros((len(z), program.smooth.rows))
+        return PrimalDual(z, y, np.zeros_like(z), np.zeros_like(z), program.pieces_at(z, parameters))
 
     def take(self, samples: Any) -> PrimalDual:
-        return PrimalDual(self.z[samples], self.y[samples], self.lower[samples], self.upper[samples])
+        return PrimalDual(**{name: values[samples] for name, values in vars(self).items()})
 
     def put(self, sample: int, other: PrimalDual, source: int) -> None:
         """Overwrite one sample by sample ``source`` of another batch."""
@@ -67,7 +81,18 @@ class Evaluation:
 
     @staticmethod
     def at(program: Program, bound: Bound, point: PrimalDual) -> Evaluation:
-        return Evaluation(program, bound, point, program.first_order(point.z, bound.parameters))
+        inputs = _inputs(bound, point)
+        return Evaluation(program, bound, point, program.smooth.first_order(point.z, inputs))
+
+    @property
+    def functions(self) -> Evaluators:
+        """The compiled functions on the smooth pieces."""
+        return self.program.smooth
+
+    @property
+    def inputs(self) -> tuple[Array, ...]:
+        """Their parameters: those of the problem, then sigma and tau."""
+        return _inputs(self.bound, self.point)
 
     def take(self, samples: Any) -> Evaluation:
         """The evaluation of some samples, by index; of all of them, itself with what it has computed."""
@@ -79,13 +104,13 @@ class Evaluation:
     @cached_property
     def J(self) -> Matrices:
         """The Jacobian of c."""
-        return Matrices(self.program.jacobian_pattern, self.first.jacobian)
+        return Matrices(self.functions.jacobian_pattern, self.first.jacobian)
 
     @cached_property
     def H(self) -> Matrices:
         """The Hessian of the Lagrangian."""
-        nonzeros = self.program.hessian(self.point.z, self.bound.parameters, self.point.y)
-        return Matrices(self.program.hessian_pattern, nonzeros)
+        nonzeros = self.functions.hessian(self.point.z, self.inputs, self.point.y)
+        return Matrices(self.functions.hessian_pattern, nonzeros)
 
     @property
     def jacobian(self) -> Array:
@@ -113,16 +138,81 @@ class Evaluation:
 
     @cached_property
     def slack(self) -> Array:
-        """Slacks of inequalities, lower and upper bounds, (B, q + 2n); infinite where no bound is."""
-        g = self.first.constraints[:, self.program.equality.size :]
+        """Slacks of inequalities, kinks, lower and upper bounds, (B, q + k + 2n); infinite where no bound is."""
+        g = self.first.constraints[:, self.program.equality.size : self.program.constraints]
         z = self.point.z
-        return np.concatenate([-g, z - self.bound.lower, self.bound.upper - z], axis=1)
+        return np.concatenate([-g, self._kink_slack, z - self.bound.lower, self.bound.upper - z], axis=1)
 
     @cached_property
     def multiplier(self) -> Array:
         """Multipliers in the order of ``slack``."""
-        inequality = self.point.y[:, self.program.equality.size :]
-        return np.concatenate([inequality, self.point.lower, self.point.upper], axis=1)
+        inequality = self.point.y[:, self.program.equality.size : self.program.constraints]
+        return np.concatenate([inequality, self._kink_multiplier, self.point.lower, self.point.upper], axis=1)
+
+    # -- kinks ------------------------------------------------------------------------------------
+
+    @property
+    def kink_residuals(self) -> Array:
+        """r, (B, k)."""
+        return self.first.constraints[:, self.program.constraints :]
+
+    @cached_property
+    def kink_weights(self) -> Array:
+        """w of the norm that each row belongs to, (B, k)."""
+        if self.program.pieces is None:
+            return np.zeros_like(self.point.pieces)
+        return self._in_group(self.functions.kink_weights(self.point.z, self.inputs, self.point.y), np.add)
+
+    @property
+    def scaled_kink_weights(self) -> Array:
+        return self.kink_weights * self._kink_norms / self.force
+
+    @property
+    def kink_forces(self) -> Array:
+        """mu, (B, k)."""
+        return self.point.y[:, self.program.constraints :]
+
+    @cached_property
+    def idle_kinks(self) -> Any:
+        """Kinks that nothing depends on here or nearby, such as those of entries that a maximum passes over."""
+        idle = np.abs(self.scaled_kink_weights) <= _ROUNDING
+        if not idle.any():
+            return idle
+        *parameters, sigma, tau = self.inputs
+        there = self.point.z + 1e-3 * self.size * _direction(self.point.z.shape[1])
+        weights = self.functions.kink_weights(there, (*parameters, sigma, tau + 1e-3), self.point.y)
+        forces = np.abs(self._in_group(weights, np.add) * self._kink_norms)
+        return idle & (forces <= _ROUNDING * self.force)
+
+    @cached_property
+    def _kink_slack(self) -> Array:
+        r, sigma = self.kink_residuals, self.point.pieces
+        if self.program.pieces is None:
+            return r
+        length = np.sqrt(self._in_group(r**2, np.add))
+        return np.where(self.program.numbers & (sigma != 0), sigma * r, length)
+
+    @cached_property
+    def _kink_multiplier(self) -> Array:
+        mu, sigma = self.kink_forces, self.point.pieces
+        if self.program.pieces is None:
+            return mu
+        length = np.sqrt(self._in_group(mu**2, np.add))
+        return np.where(
+            sigma == 0, self.kink_weights - length, np.where(self.program.numbers, -sigma * mu, 0.0)
+        )
+
+    @cached_property
+    def _kink_norms(self) -> Array:
+        """The unit of r, (B, k): the largest of the gradients of its rows."""
+        norms = self.row_norms[:, self.program.constraints :]
+        return norms if self.program.pieces is None else self._in_group(norms, np.maximum)
+
+    def _in_group(self, values: Array, combine: Any) -> Array:
+        """``values`` (B, k) combined over the rows of each norm, one result for each of its rows."""
+        assert self.program.pieces is not None
+        combined: Array = combine.reduceat(values, self.program.pieces.first, axis=1)
+        return combined[:, self.program.pieces.group]
 
     @property
     def regular_J(self) -> Matrices:
@@ -145,13 +235,11 @@ class Evaluation:
         (Gould et al. 2019, after observation 4.8). "Nearby" is a hundredth of the point's own size away.
         """
         norms = self.row_norms
-        if self.program.affine_constraints:
+        if self.program.affine_constraints and self.program.pieces is None:
             return norms < 0
         z = self.point.z
         size = np.maximum(np.sqrt((z**2).sum(axis=1, keepdims=True)), 1e-2)
-        direction = np.cos(1.0 + np.arange(z.shape[1]) ** 2)
-        step = 1e-2 * size * direction / np.linalg.norm(direction)
-        nearby = self.program.first_order(z + step, self.bound.parameters).jacobian
+        nearby = self.functions.first_order(z + 1e-2 * size * _direction(z.shape[1]), self.inputs).jacobian
         return norms < _VANISHING * self.J.map(lambda here: nearby - here).row_norms()
 
     # -- unscaled ---------------------------------------------------------------------------------
@@ -159,9 +247,24 @@ class Evaluation:
     @cached_property
     def norms(self) -> tuple[Array, Array, Array]:
         """Stationarity, feasibility, complementarity: unscaled maximum norms, (B,) each."""
-        violation = np.concatenate([np.abs(self.equality), np.maximum(-self.slack, 0)], axis=1)
+        sides = self.slack.copy()
+        kinks = slice(self.program.inequality.size, self.program.inequality.size + self.point.pieces.shape[1])
+        sides[:, kinks] = 0.0  # where a kink is, is no question of feasibility
+        violation = np.concatenate([np.abs(self.equality), np.maximum(-sides, 0)], axis=1)
         product = self.multiplier * np.where(np.isfinite(self.slack), self.slack, 0)
-        return _largest(self.stationarity), _largest(violation), _largest(product)
+        return _largest(self._distance_to_subdifferential), _largest(violation), _largest(product)
+
+    @property
+    def _distance_to_subdifferential(self) -> Array:
+        """Stationarity with no more force on a kink than its weight, (B, n)."""
+        if self.program.pieces is None:
+            return self.stationarity
+        mu, m = self.kink_forces, self.program.constraints
+        length = np.sqrt(self._in_group(mu**2, np.add))
+        allowed = np.where(self.point.pieces == 0, np.abs(self.kink_weights), 0.0)
+        excess = mu * np.maximum(1 - allowed / np.maximum(length, _TINY), 0)
+        on_rows = np.concatenate([np.zeros((len(mu), m)), excess], axis=1)
+        return self.stationarity - self.J.transposed_times(on_rows)
 
     # -- scaled -----------------------------------------------------------------------------------
 
@@ -182,20 +285,24 @@ class Evaluation:
         Multipliers do not enter it: where the objective exerts none, theirs is rounding.
         """
         curvature = self.H.largest() * self.size[:, 0]
-        forces = np.maximum(_largest(self.first.gradient), curvature)
+        kinks = _largest(self.kink_weights * self._kink_norms)
+        forces = np.maximum.reduce([_largest(self.first.gradient), curvature, kinks])
         return np.where(forces > 0, forces, 1.0)[:, None]
 
     @cached_property
-    def scaled_slack(self) -> Array:
+    def _units(self) -> Array:
+        """The norm of the gradient of each side, in the order of ``slack``."""
         ones = np.ones_like(self.point.z)
-        norms = np.concatenate([self.row_norms[:, self.program.equality.size :], ones, ones], axis=1)
-        return self.slack / np.maximum(norms * self.size, _TINY)
+        rows = self.row_norms[:, self.program.equality.size : self.program.constraints]
+        return np.concatenate([rows, self._kink_norms, ones, ones], axis=1)
+
+    @cached_property
+    def scaled_slack(self) -> Array:
+        return self.slack / np.maximum(self._units * self.size, _TINY)
 
     @cached_property
     def scaled_multiplier(self) -> Array:
-        ones = np.ones_like(self.point.z)
-        norms = np.concatenate([self.row_norms[:, self.program.equality.size :], ones, ones], axis=1)
-        return self.multiplier * norms / self.force
+        return self.multiplier * self._units / self.force
 
     @cached_property
     def scaled_feasibility(self) -> Array:
@@ -224,6 +331,18 @@ class Evaluation:
         return np.maximum.reduce(
             [self.scaled_stationarity, self.scaled_feasibility, self.scaled_complementarity]
         )
+
+
+def _inputs(bound: Bound, point: PrimalDual) -> tuple[Array, ...]:
+    if not point.pieces.shape[1]:
+        return bound.parameters
+    return (*bound.parameters, point.pieces, np.zeros_like(point.pieces))
+
+
+def _direction(n: int) -> Array:
+    """A fixed unit vector without symmetry, (n,)."""
+    direction: Array = np.cos(1.0 + np.arange(n) ** 2)
+    return direction / np.linalg.norm(direction)
 
 
 def _largest(values: Array) -> Array:

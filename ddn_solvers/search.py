@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,11 +14,11 @@ from ddn_solvers.binding import check_finite
 from ddn_solvers.diagnosis import diagnose, nearest_feasible
 from ddn_solvers.errors import BackendCannotSolve, DDNError
 from ddn_solvers.implicit import Operation, Outputs, outputs_of
-from ddn_solvers.kkt.multipliers import least_squares_multipliers
+from ddn_solvers.kkt.multipliers import least_squares_multipliers, with_kink_forces
 from ddn_solvers.kkt.verify import Verified, verify
 from ddn_solvers.policy import Policy
 from ddn_solvers.program import Program
-from ddn_solvers.residuals import Bound, PrimalDual
+from ddn_solvers.residuals import Bound, Evaluation, PrimalDual
 from ddn_solvers.solution import Status
 
 # Statuses about which a look at the constraints says more, or says that a backend was wrong.
@@ -26,11 +27,16 @@ _UNEXPLAINED = (Status.NUMERICAL_ERROR, Status.NOT_A_KKT_POINT, Status.BACKEND_E
 
 @dataclass(frozen=True)
 class Route:
-    """One backend and method to try."""
+    """One backend and method to try, and the form of the problem that it gets.
+
+    Attributes:
+        lifted: The problem with its kinks lifted (``Program.lifted``) instead of the problem itself.
+    """
 
     backend: str
     adapter: Adapter
     method: Method
+    lifted: bool = False
 
 
 @dataclass
@@ -68,12 +74,7 @@ class Search:
         bound = Bound(parameters, lower, upper)
         initial = np.clip(self._start(samples), lower, np.maximum(lower, upper))
         self._reset(samples)
-        best = PrimalDual(
-            initial.copy(),
-            np.zeros((samples, program.constraints)),
-            np.zeros_like(initial),
-            np.zeros_like(initial),
-        )
+        best = PrimalDual.resting(program, parameters, initial.copy())
         crossed = lower > upper
         open_: Mask = np.logical_not(crossed.any(axis=1))
         for i in np.flatnonzero(~open_):
@@ -87,6 +88,8 @@ class Search:
             remaining = np.flatnonzero(open_)
             if not remaining.size:
                 break
+            if route.lifted and route is not self.routes[-1] and self._has_concave_kinks(bound, initial):
+                continue
             try:
                 points = self._call(route, bound.take(remaining), initial[remaining], remaining)
             except BackendCannotSolve as error:
@@ -118,23 +121,38 @@ class Search:
         warm = None
         if self.warm_start is not None and len(self.warm_start) == len(self.status):
             warm = [self.warm_start[i] for i in samples]
-        batch = Batch(
-            self.program,
-            bound.parameters,
-            bound.lower,
-            bound.upper,
-            initial,
-            route.method.name,
-            self.options,
-            warm,
-        )
+        program, n = self.program, initial.shape[1]
+        lower, upper, start = bound.lower, bound.upper, initial
+        if route.lifted and program.lifted is not None:
+            program, warm = program.lifted, None
+            start, lower, upper = (
+                np.concatenate([side, np.full((len(initial), program.variables.size - n), value)], axis=1)
+                for side, value in ((initial, 1.0), (lower, -np.inf), (upper, np.inf))
+            )
+        batch = Batch(program, bound.parameters, lower, upper, start, route.method.name, self.options, warm)
         try:
             points = route.adapter.solve_batch(batch)
         except DDNError:
             raise
         except Exception:  # of some sample: ask one by one
             points = [route.adapter.attempt(batch[i]) for i in range(len(batch))]
-        return [self._checked(point, z) for point, z in zip(points, initial, strict=True)]
+        points = [self._checked(point, z) for point, z in zip(points, start, strict=True)]
+        return [self._lowered(point) for point in points] if route.lifted else points
+
+    def _lowered(self, point: Point) -> Point:
+        """A point of the lifted problem as one of the problem itself."""
+        n, q = self.program.variables.size, self.program.inequality.size
+        lengths = {"primal": n, "inequality": q, "lower": n, "upper": n}
+        whole = {name: getattr(point, name) for name in lengths}
+        parts: dict[str, Any] = {k: None if v is None else v[: lengths[k]] for k, v in whole.items()}
+        return replace(point, **parts)
+
+    def _has_concave_kinks(self, bound: Bound, z: Array) -> bool:
+        """Whether some |r| lowers the objective, or an inequality, where the search starts: t has no limit then."""
+        program = self.program
+        here = Evaluation.at(program, bound, PrimalDual.resting(program, bound.parameters, z))
+        here.point.y[:, program.equality.size : program.constraints] = 1.0
+        return bool((here.kink_weights < 0).any())
 
     def _checked(self, point: Point, initial: Array) -> Point:
         if np.shape(point.primal) != initial.shape:
@@ -226,19 +244,20 @@ def _verdict(point: Point, verified: Status, reason: str) -> tuple[Status, str]:
 def _with_multipliers(program: Program, bound: Bound, points: list[Point]) -> PrimalDual:
     """The backend's multipliers where it gave them all, else those of least squares."""
     z = np.stack([point.primal for point in points]).astype(float)
+    start = PrimalDual.resting(program, bound.parameters, z)
     if program.degree("objective") == 0:  # feasibility: nothing pushes against the constraints
-        zero = np.zeros_like(z)
-        return PrimalDual(z, np.zeros((len(z), program.constraints)), zero, zero.copy())
+        return start
     given = [_stacked_multipliers(program, point) for point in points]
-    y, lower, upper = (np.zeros((len(z), size)) for size in (program.constraints, z.shape[1], z.shape[1]))
     missing = np.array([g is None for g in given], dtype=bool)
     for i, multipliers in enumerate(given):
         if multipliers is not None:
-            y[i], lower[i], upper[i] = multipliers
+            start.y[i, : program.constraints], start.lower[i], start.upper[i] = multipliers
+    start = with_kink_forces(program, bound, start)
     if missing.any():
         found = least_squares_multipliers(program, bound.take(missing), z[missing])
-        y[missing], lower[missing], upper[missing] = found.y, found.lower, found.upper
-    return PrimalDual(z, y, lower, upper)
+        for source, sample in enumerate(np.flatnonzero(missing)):
+            start.put(int(sample), found, source)
+    return start
 
 
 def _stacked_multipliers(program: Program, point: Point) -> tuple[Array, Array, Array] | None:

@@ -23,9 +23,10 @@ from ddn_solvers.binding import Binding, as_tensor, bind, check_finite, flat_bat
 from ddn_solvers.certificate import Certificate, certify
 from ddn_solvers.errors import ConvergenceWarning, ProblemError, SensitivityError, warn_caller
 from ddn_solvers.implicit import Operation, Outputs, apply, check_derivative, outputs_of
-from ddn_solvers.kkt.derivative import Cotangents, Linearisation
-from ddn_solvers.kkt.multipliers import least_squares_multipliers
-from ddn_solvers.kkt.verify import Verified, verify
+from ddn_solvers.kkt.conditions import Cotangents
+from ddn_solvers.kkt.derivative import Linearisation
+from ddn_solvers.kkt.multipliers import least_squares_multipliers, with_kink_forces
+from ddn_solvers.kkt.verify import Verified, on_chosen_pieces, verify
 from ddn_solvers.layout import Layout
 from ddn_solvers.policy import Policy, as_policy
 from ddn_solvers.problem import Problem, as_problem
@@ -213,7 +214,7 @@ class Sensitivity:
 
     @cached_property
     def _factored(self) -> Linearisation:
-        verified: Verified = self.found.verified
+        verified = on_chosen_pieces(self.found.verified, self.policy)
         return Linearisation(verified.evaluation, verified.active, verified.singular, self.policy)
 
     def _shape_of(self, key: str) -> tuple[int, ...]:
@@ -259,13 +260,13 @@ class Sensitivity:
         """(B, size) by key -> one cotangent of everything."""
         samples, n = self.binding.samples, self.program.variables.size
         equalities = self.program.equality.size
-        widths = {"z": n, "y": self.program.constraints, "lower": n, "upper": n}
+        widths = {"z": n, "y": self.program.smooth.rows, "lower": n, "upper": n}
         zeros = {name: torch.zeros(samples, width, dtype=torch.float64) for name, width in widths.items()}
         v = Cotangents(**zeros, objective=torch.zeros(samples, dtype=torch.float64))
         targets = {
             "": v.z,
             "equality": v.y[:, :equalities],
-            "inequality": v.y[:, equalities:],
+            "inequality": v.y[:, equalities : self.program.constraints],
             "lower": v.lower,
             "upper": v.upper,
         }
@@ -302,7 +303,7 @@ class _Found:
         if self.dual is None:
             start = least_squares_multipliers(program, bound, z)
         else:
-            start = _with_dual(program, z, self.dual)
+            start = _with_dual(program, bound, z, self.dual)
         verified = verify(program, bound, start, self.policy, self.dtype, minimum=False)
         moved = np.abs(verified.evaluation.point.z - z).max(axis=1, initial=0.0)
         far = moved > _DISTANCE * self.policy.accuracy * np.maximum(1.0, np.abs(z).max(axis=1, initial=0.0))
@@ -341,13 +342,15 @@ def _given(
     return program, binding, flat_point(program.variables, tensors, binding.batch)
 
 
-def _with_dual(program: Program, z: Array, dual: DualSolution) -> PrimalDual:
+def _with_dual(program: Program, bound: Bound, z: Array, dual: DualSolution) -> PrimalDual:
     def flat(layout: Layout, tensors: Mapping[str, torch.Tensor]) -> Array:
         return flat_batch(layout, tensors, len(z))
 
     equality, inequality = flat(program.equality, dual.equality), flat(program.inequality, dual.inequality)
-    y = np.concatenate([equality, inequality], axis=1)
-    return PrimalDual(z, y, flat(program.variables, dual.lower), flat(program.variables, dual.upper))
+    point = PrimalDual.resting(program, bound.parameters, z)
+    point.y[:, : program.constraints] = np.concatenate([equality, inequality], axis=1)
+    sides = {"lower": flat(program.variables, dual.lower), "upper": flat(program.variables, dual.upper)}
+    return with_kink_forces(program, bound, replace(point, **sides))
 
 
 def _report(found: _Found, policy: Policy) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -138,7 +139,7 @@ def routes(solver: Solver, program: Program) -> list[Route]:
     if isinstance(solver, str):
         if solver == "auto":
             return _auto(program)
-        return [_route(solver, program)]
+        return _named(solver, program)
     if not isinstance(solver, Sequence) or not solver or not all(isinstance(s, str) for s in solver):
         raise ProblemError(
             "solver is not a name", expected="'backend', 'backend:method', 'auto' or a list", got=repr(solver)
@@ -147,7 +148,7 @@ def routes(solver: Solver, program: Program) -> list[Route]:
     refusal: BackendCannotSolve | None = None
     for name in solver:
         try:
-            found += _auto(program) if name == "auto" else [_route(name, program)]
+            found += _auto(program) if name == "auto" else _named(name, program)
         except BackendCannotSolve as error:
             refusal = error
     if not found and refusal is not None:
@@ -155,21 +156,40 @@ def routes(solver: Solver, program: Program) -> list[Route]:
     return found
 
 
+def _named(name: str, program: Program) -> list[Route]:
+    """The routes of one name: with kinks lifted first, unless the method models them itself."""
+    lifted = _lifted(name, program)
+    try:
+        plain = _route(name, program)
+    except BackendCannotSolve:
+        if not lifted:
+            raise
+        return lifted
+    return [plain] if plain.method.kinks else [*lifted, plain]
+
+
+def _lifted(name: str, program: Program) -> list[Route]:
+    if program.lifted is None:
+        return []
+    try:
+        return [replace(_route(name, program.lifted), lifted=True)]
+    except BackendCannotSolve:
+        return []
+
+
 def _route(name: str, program: Program) -> Route:
     adapter, method = registry.resolve(name, program)
     return Route(name.partition(":")[0], adapter, method)
 
 
-def auto_names(program: Program) -> tuple[str, ...]:
-    """What ``"auto"`` would try, before asking what is installed and able."""
-    return AUTO_NONSMOOTH if Feature.NONSMOOTH in program.features else AUTO[program.problem_class]
-
-
 def _auto(program: Program) -> list[Route]:
-    found = []
-    for name in auto_names(program):
+    found: list[Route] = []
+    smooth = program.lifted or program
+    attempts = [(name, smooth) for name in AUTO[smooth.problem_class]] if program.lifted else []
+    names = AUTO_NONSMOOTH if Feature.NONSMOOTH in program.features else AUTO[program.problem_class]
+    for name, form in [*attempts, *((name, program) for name in names)]:
         try:
-            found.append(_route(name, program))
+            found.append(replace(_route(name, form), lifted=form is not program))
         except (BackendCannotSolve, BackendNotInstalled):
             continue
     if not found:

@@ -125,6 +125,7 @@ def _attempt(
         if module is None:
             undeclared.clear()
             module = _trace_functional(joint, shapes)
+        _square_norms(module)
         _clean(module)
         _check_sound(module, len(problem.variables))
     except (DDNError, Untraceable) as error:
@@ -167,6 +168,48 @@ def _clean(module: fx.GraphModule) -> None:
             module.graph.erase_node(node)
     module.graph.eliminate_dead_code()
     module.recompile()
+
+
+def _square_norms(module: fx.GraphModule) -> None:
+    """|x|^2 as the sum of squares that it is: smooth, also where |x| has its kink."""
+    for node in module.graph.nodes:
+        root = node.args[0] if node.args else None
+        if not isinstance(root, fx.Node) or not _is_square(node):
+            continue
+        name, rest = operation_name(root), root.args[1:]
+        if name not in ("abs", "linalg_vector_norm") or (rest and rest[0] not in (2, None)) or root.kwargs:
+            continue
+        with module.graph.inserting_before(node):
+            inside = root.args[0]
+            square = module.graph.call_function(torch.ops.aten.square.default, (inside,))
+            square.meta = {**inside.meta, "source": node.meta.get("source", "")}  # type: ignore[union-attr]  # a node
+            if name == "linalg_vector_norm":
+                dims = rest[1] if len(rest) > 1 else None
+                keepdim = rest[2] if len(rest) > 2 else False
+                square = module.graph.call_function(torch.ops.aten.sum.dim_IntList, (square, dims, keepdim))
+                square.meta = dict(node.meta)
+        node.replace_all_uses_with(square)
+
+
+def _is_square(node: fx.Node) -> bool:
+    name = operation_name(node)
+    if name == "mul":
+        a, b = node.args
+        return isinstance(a, fx.Node) and isinstance(b, fx.Node) and _call(a) == _call(b)
+    return name == "square" or (name == "pow" and node.args[1] in (2, 2.0))
+
+
+def _call(node: fx.Node) -> tuple[Any, ...]:
+    return node.target, node.args, node.kwargs
+
+
+def retrace(function: Callable[..., Any], shapes: Sequence[Sequence[int]]) -> fx.GraphModule:
+    """The graph of a function of float64 tensors that is known to be traceable, made as ``trace`` makes its own."""
+    module = make_fx(function, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)(
+        *_fake(shapes)
+    )
+    _clean(module)
+    return module
 
 
 def _fake(shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:

@@ -77,7 +77,7 @@ _DIALECTS = {
 
 def _method(name: str, classes: frozenset[ProblemClass], package: str | None = None) -> Method:
     dialect = _DIALECTS.get(name, Dialect(status=_STATUS))
-    return Method(name, classes, _FEATURES, package=package, pip=package, dialect=dialect)
+    return Method(name, classes, _FEATURES, kinks=True, package=package, pip=package, dialect=dialect)
 
 
 class CVXPYAdapter(Adapter):

@@ -27,7 +27,7 @@ from ddn_solvers.active_set import ActiveSet
 from ddn_solvers.arrays import Array, Mask
 from ddn_solvers.inertia import negative_eigenvalues
 from ddn_solvers.kkt.linear import least_squares
-from ddn_solvers.kkt.operator import Bordered, Sparse, large_and_sparse
+from ddn_solvers.kkt.operator import DENSE_LIMIT, Bordered, Sparse, large_and_sparse
 from ddn_solvers.kkt.system import System
 from ddn_solvers.residuals import Evaluation
 
@@ -41,11 +41,22 @@ _LANCZOS = 60  # steps
 
 @dataclass(frozen=True)
 class Curvature:
-    """Per sample: rank of the active rows, how many there are, smallest reduced eigenvalue over |H|."""
+    """Of each sample.
+
+    Attributes:
+        rank: Of the active rows, bounds included, (B,).
+        rows: How many there are, (B,).
+        smallest: Smallest eigenvalue of the reduced Hessian over |H|, (B,); inf where the null space is {0}.
+        null: Orthonormal rows that span the null space of the active ones, the others zero, (B, n, n); not
+            made where the problem is too large for that: (B, 0, n).
+        unit: |H|, (B,), one where it vanishes.
+    """
 
     rank: np.ndarray[Any, np.dtype[np.int64]]
     rows: np.ndarray[Any, np.dtype[np.int64]]
-    smallest: Array  # inf where the null space is {0}
+    smallest: Array
+    null: Array
+    unit: Array
 
     @property
     def negative(self) -> Any:
@@ -61,7 +72,9 @@ class Curvature:
 def curvature(evaluation: Evaluation, active: ActiveSet) -> Curvature:
     """Rank and curvature at a batch of points."""
     if large_and_sparse(evaluation.H.pattern, evaluation.J.pattern):
-        return _sparse_curvature(evaluation, active)
+        found = _sparse_curvature(evaluation, active)
+        if found is not None:
+            return found
     batch, n = evaluation.point.z.shape
     rows = np.where(active.constraints[:, :, None], _normalised(evaluation), 0.0)
     fixed = np.zeros((batch, n, n))
@@ -73,13 +86,13 @@ def curvature(evaluation: Evaluation, active: ActiveSet) -> Curvature:
     null = np.where(counted[:, :, None], 0.0, right)
     reduced = null @ evaluation.hessian @ null.transpose(0, 2, 1)
     norm = np.abs(evaluation.hessian).max(axis=(1, 2), initial=0.0)
-    unit = np.where(norm > 0, norm, 1.0)[:, None, None]
+    unit = np.where(norm > 0, norm, 1.0)
     above = np.where(counted, 2.0 * n, 0.0)  # lifts the directions that do not count out of the way
-    reduced = reduced / unit + above[:, :, None] * np.eye(n)
+    reduced = reduced / unit[:, None, None] + above[:, :, None] * np.eye(n)
     smallest = np.linalg.eigvalsh(reduced).min(axis=1, initial=np.inf)
     rank = counted.sum(axis=1)
     count = active.constraints.sum(axis=1) + active.fixed.sum(axis=1)
-    return Curvature(rank, count, np.where(rank == n, np.inf, smallest))
+    return Curvature(rank, count, np.where(rank == n, np.inf, smallest), null, unit)
 
 
 def surely_minimal(evaluation: Evaluation, active: ActiveSet) -> bool:
@@ -137,10 +150,13 @@ def _above(K: Bordered, sample: int, shift: float, rho: float) -> bool:
     return negative_eigenvalues((matrix + diagonal).tocsc()) == int((~variables).sum())
 
 
-def _sparse_curvature(evaluation: Evaluation, active: ActiveSet) -> Curvature:
-    K = _unit(evaluation, active)
+def _sparse_curvature(evaluation: Evaluation, active: ActiveSet) -> Curvature | None:
+    """``None`` where some sample is singular and dense algebra, which is sharper there, still possible."""
     masks = torch.from_numpy(active.constraints), torch.from_numpy(active.fixed)
     system = System(evaluation.H, evaluation.regular_J, *masks, linear_solver="sparse")
+    if active.n <= DENSE_LIMIT and bool(system.singular.any()):
+        return None
+    K = _unit(evaluation, active)
     rows = active.constraints.sum(axis=1) + active.fixed.sum(axis=1)
     rank, smallest = rows.copy(), np.full(len(rows), np.inf)
     for i in range(len(rows)):
@@ -149,7 +165,9 @@ def _sparse_curvature(evaluation: Evaluation, active: ActiveSet) -> Curvature:
             rank[i] = fixed + _rank(K, i)  # a regular system has independent rows
         if rank[i] < active.n:
             smallest[i] = _smallest(K, i, bool(system.singular[i]))
-    return Curvature(rank, rows, smallest)
+    norm = evaluation.H.largest()
+    null = np.zeros((len(rows), 0, active.n))
+    return Curvature(rank, rows, smallest, null, np.where(norm > 0, norm, 1.0))
 
 
 def _rank(K: Bordered, sample: int) -> int:

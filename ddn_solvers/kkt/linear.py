@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
 import numpy as np
@@ -24,6 +25,15 @@ SINGULAR: Final = 1e12
 _UNBALANCED = 1e-4  # ratio of pivots below which a Cholesky factorization gives way to LU
 _MINRES = 1e-13  # relative residual at which MINRES stops
 _UNSOLVED = 1e-8  # and above which its answer is not taken
+
+
+@dataclass(frozen=True)
+class Step:
+    """Solution of one bordered system: x (B, n), t (B, m), and q (B, n), zero on free variables."""
+
+    x: torch.Tensor
+    t: torch.Tensor
+    q: torch.Tensor
 
 
 class LinearSolver(abc.ABC):
@@ -65,7 +75,7 @@ class DenseLU(LinearSolver):
 class Schur(LinearSolver):
     """Cholesky factors of H and of its Schur complement S; LU for samples where that is no good.
 
-        H = L L^T,   W = L^-1 A^T,   S = W^T W = A H^-1 A^T = R R^T
+        H = L L^T,   W = L^-1 A^T,   S = W^T W - D = A H^-1 A^T - D = R R^T
         t = S^-1 (W^T L^-1 a - b),   x = L^-T (L^-1 a - W t)
 
     Half the work of LU without its pivoting. It asks for a positive definite H, which a regular system
@@ -78,7 +88,7 @@ class Schur(LinearSolver):
         H, A = K.hessian.dense() + torch.diag_embed(K.diagonal[:, : K.n]), K.border.dense()
         L, failed = torch.linalg.cholesky_ex(H)
         W = torch.linalg.solve_triangular(L, A.mT, upper=False)
-        R, failed_too = torch.linalg.cholesky_ex(W.mT @ W + torch.diag_embed(K.diagonal[:, K.n :]))
+        R, failed_too = torch.linalg.cholesky_ex(W.mT @ W + torch.diag_embed(K.diagonal[:, K.n :].abs()))
         good = (failed == 0) & (failed_too == 0) & _balanced(L) & _balanced(R)
         others = (~good).nonzero()[:, 0]
         lu = DenseLU()
@@ -216,32 +226,6 @@ def _minres(K: Bordered, rhs: Array) -> tuple[Array, Array]:
         phi = np.where(going, sine * phi, phi)
     residual = np.linalg.norm(rhs - K.times(torch.from_numpy(x)).numpy(), axis=1)
     return x, residual / np.where(norm[:, 0] > 0, norm[:, 0], 1.0)
-
-
-class LeastSquares(LinearSolver):
-    """The minimum-norm least-squares solution through the pseudo-inverse, for singular systems."""
-
-    def init(self, K: Bordered) -> Any:
-        return torch.linalg.pinv(K.dense(), rtol=1 / SINGULAR, hermitian=True)
-
-    def compute(self, state: Any, rhs: torch.Tensor) -> torch.Tensor:
-        return torch.matmul(state, rhs.unsqueeze(-1)).squeeze(-1)
-
-
-class SparseLeastSquares(LinearSolver):
-    """The same by LSMR (Fong and Saunders 2011) on products alone; NaN where it does not converge."""
-
-    sparse = True
-
-    def init(self, K: Bordered) -> Any:
-        return K
-
-    def compute(self, state: Any, rhs: torch.Tensor) -> torch.Tensor:
-        solution = rhs.numpy().copy()
-        for i, row in enumerate(solution):
-            matrix, where = state.kept_part(i)
-            row[where] = least_squares(matrix, row[where])
-        return torch.from_numpy(solution)
 
 
 def least_squares(matrix: Any, target: Array) -> Array:

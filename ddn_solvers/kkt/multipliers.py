@@ -2,46 +2,78 @@
 
     min_{nu, lambda >= 0, l >= 0, r >= 0}  | grad f + J_h^T nu + J_g^T lambda - l + r |
 
+Where active rows depend on each other multipliers are not unique. Then those are taken whose Lagrangian bends
+most on the null space of the active rows, max_y tr(Z^T H(y) Z), since that is the curvature which binds (of a
+ball and a plane that touch there, the ball: Bonnans and Shapiro 2000, section 4.3: the second-order term is
+the maximum over all multipliers), and of those the ones of minimum norm.
+
 The minimum-norm solution serves if its signs are right (Gould et al. 2019, Prop. 4.5); otherwise the
 problem with signs is solved.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import numpy as np
 
-from ddn_solvers.arrays import Array
+from ddn_solvers.active_set import ActiveSet, kink_sides
+from ddn_solvers.arrays import Array, Index, Mask
+from ddn_solvers.kkt.curvature import Curvature, curvature
 from ddn_solvers.program import Program
 from ddn_solvers.residuals import Bound, Evaluation, PrimalDual
 
 _NEARLY_ACTIVE = 1e-5  # scaled slack within which a constraint may be active
+_DEPENDENT = 1e-10  # relative singular value below which rows count as dependent
+_NEARLY_ON_KINK = 1e-3  # and within which a point may lie on a kink
 
 
 def least_squares_multipliers(program: Program, bound: Bound, z: Array) -> PrimalDual:
-    """Multipliers of a batch of points; those of constraints with slack get zero."""
-    batch, n = z.shape
-    zero = PrimalDual(z, np.zeros((batch, program.constraints)), np.zeros_like(z), np.zeros_like(z))
-    evaluation = Evaluation.at(program, bound, zero)
+    """Multipliers of a batch of points, kinks included; those of constraints with slack get zero."""
+    evaluation = _on_kinks(program, bound, PrimalDual.resting(program, bound.parameters, z))
     near = evaluation.scaled_slack <= _NEARLY_ACTIVE
-    for i in range(batch):
-        equalities, q = program.equality.size, program.inequality.size
-        free = np.arange(equalities)
-        inequality, lower, upper = (np.flatnonzero(part) for part in np.split(near[i], [q, q + n]))
-        identity = np.eye(n)
+    near[:, kink_sides(evaluation)] = evaluation.point.pieces == 0
+    return _fitted(evaluation, near, np.ones(program.equality.size, dtype=bool))
+
+
+def with_kink_forces(program: Program, bound: Bound, point: PrimalDual) -> PrimalDual:
+    """A batch of points with the forces of the kinks on which they nearly lie, the other multipliers given."""
+    if program.pieces is None:
+        return point
+    evaluation = _on_kinks(program, bound, point)
+    near = np.zeros(evaluation.slack.shape, dtype=bool)
+    near[:, kink_sides(evaluation)] = evaluation.point.pieces == 0
+    return _fitted(evaluation, near, np.zeros(program.equality.size, dtype=bool))
+
+
+def _on_kinks(program: Program, bound: Bound, point: PrimalDual) -> Evaluation:
+    """The point with sigma = 0 wherever it is near a kink."""
+    evaluation = Evaluation.at(program, bound, point)
+    if program.pieces is None:
+        return evaluation
+    near = evaluation.scaled_slack[:, kink_sides(evaluation)] <= _NEARLY_ON_KINK
+    return Evaluation.at(program, bound, replace(point, pieces=np.where(near, 0.0, point.pieces)))
+
+
+def _fitted(evaluation: Evaluation, near: Mask, equality: Mask) -> PrimalDual:
+    """The point with multipliers of the sides ``near`` and of the rows ``equality`` by least squares."""
+    point, program = evaluation.point, evaluation.program
+    equalities, q, n = program.equality.size, program.inequality.size, program.variables.size
+    y, bounds = point.y.copy(), (point.lower.copy(), point.upper.copy())
+    identity, kinks = np.eye(n), near.shape[1] - q - 2 * n
+    for i in range(len(point.z)):
+        inequality, kink, lower, upper = (
+            np.flatnonzero(part) for part in np.split(near[i], [q, q + kinks, q + kinks + n])
+        )
+        free = np.concatenate([np.flatnonzero(equality), equalities + q + kink])
+        signed = equalities + inequality
         columns = np.concatenate(
-            [
-                evaluation.jacobian[i, free],
-                evaluation.jacobian[i, equalities + inequality],
-                -identity[lower],
-                identity[upper],
-            ]
+            [evaluation.jacobian[i, free], evaluation.jacobian[i, signed], -identity[lower], identity[upper]]
         ).T
-        solution = _signed_least_squares(columns, -evaluation.first.gradient[i], len(free))
+        solution = _signed_least_squares(columns, -evaluation.stationarity[i], len(free))
         cuts = np.cumsum([len(free), len(inequality), len(lower)])
-        nu, lam, left, right = np.split(solution, cuts)
-        zero.y[i, free], zero.y[i, equalities + inequality] = nu, lam
-        zero.lower[i, lower], zero.upper[i, upper] = left, right
-    return zero
+        y[i, free], y[i, signed], bounds[0][i, lower], bounds[1][i, upper] = np.split(solution, cuts)
+    return replace(point, y=y, lower=bounds[0], upper=bounds[1])
 
 
 def _signed_least_squares(columns: Array, target: Array, free: int) -> Array:
@@ -58,3 +90,151 @@ def _signed_least_squares(columns: Array, target: Array, free: int) -> Array:
         solution = lsq_linear(columns / norms, target, (lowest, np.inf), method="bvls").x
     result: Array = solution / norms
     return result
+
+
+@dataclass(frozen=True)
+class _ActiveRows:
+    """The active rows of one sample, bounds included, with their multipliers.
+
+    Attributes:
+        columns: Their gradients, (n, rows).
+        known: Their multipliers, (rows,).
+        signed: Which of those are nonnegative, (rows,).
+        free: Directions in which the multipliers are not determined, (rows, d).
+    """
+
+    index: tuple[Index, Index, Index]  # of c, lower bounds, upper bounds
+    columns: Array
+    known: Array
+    signed: Mask
+    free: Array
+
+    @staticmethod
+    def of(evaluation: Evaluation, active: ActiveSet, i: int) -> _ActiveRows:
+        point, identity = evaluation.point, np.eye(active.n)
+        rows, left, right = (np.flatnonzero(m[i]) for m in (active.constraints, active.lower, active.upper))
+        columns = np.concatenate([evaluation.jacobian[i, rows], -identity[left], identity[right]]).T
+        known = np.concatenate([point.y[i, rows], point.lower[i, left], point.upper[i, right]])
+        inequality = (rows >= active.equalities) & (rows < evaluation.program.constraints)
+        signed = np.concatenate([inequality, np.ones(len(left) + len(right), dtype=bool)])
+        norms = np.linalg.norm(columns, axis=0)
+        unit = np.where(norms > 0, norms, 1.0)
+        _, singular, rotated = np.linalg.svd(columns / unit)
+        rank = int((singular > _DEPENDENT * singular.max(initial=0.0)).sum())
+        return _ActiveRows((rows, left, right), columns, known, signed, rotated[rank:].T / unit[:, None])
+
+    def put(self, point: PrimalDual, i: int, values: Array) -> None:
+        """Write multipliers into sample ``i`` of a point."""
+        rows, left, right = self.index
+        cuts = np.cumsum([len(rows), len(left)])
+        point.y[i, rows], point.lower[i, left], point.upper[i, right] = np.split(values, cuts)
+
+    def bends(self, evaluation: Evaluation, i: int, null: Array) -> Array:
+        """tr(Z^T H_j Z) of each row, (rows,), Z^T being ``null``: bounds are straight."""
+        rows, one = self.index[0], evaluation.take(np.array([i]))
+        weights = np.zeros((len(rows), evaluation.functions.rows))
+        weights[np.arange(len(rows)), rows] = 1.0
+        z = np.repeat(one.point.z, len(rows), axis=0)
+        inputs = [p if p.ndim == 1 else np.repeat(p, len(rows), axis=0) for p in one.inputs]
+        nonzeros = evaluation.functions.hessian(z, inputs, weights, 0.0)
+        hessians = evaluation.functions.hessian_pattern.dense(nonzeros)
+        straight = np.zeros(len(self.known) - len(rows))
+        return np.concatenate([np.einsum("ka,jab,kb->j", null, hessians, null), straight])
+
+    def largest(self, gain: Array) -> Array | None:
+        """Multipliers that maximise ``gain`` (d,) along ``free``; ``None`` if there is no limit."""
+        from scipy.optimize import linprog  # a quarter of a second to import, needed here only
+
+        limits = np.maximum(self.known[self.signed], 0)
+        found = linprog(-gain, -self.free[self.signed], limits, bounds=(None, None))
+        return self.known + self.free @ found.x if found.status == 0 else None
+
+
+def dependent_rows(evaluation: Evaluation, active: ActiveSet, bent: Curvature) -> tuple[Mask, Mask, Mask]:
+    """Active rows of c, lower and upper bounds whose gradients depend on those of others, as masks of each."""
+    found = tuple(np.zeros_like(mask) for mask in (active.constraints, active.lower, active.upper))
+    for i in np.flatnonzero(bent.rank < bent.rows):
+        rows = _ActiveRows.of(evaluation, active, int(i))
+        norms = np.linalg.norm(rows.columns, axis=0)
+        share = np.abs(rows.free * norms[:, None]).max(axis=1, initial=0.0)
+        involved = (share > 1e-8 * share.max(initial=0.0)) | (norms <= 1e-300)
+        cuts = np.cumsum([len(index) for index in rows.index[:2]])
+        for mask, index, part in zip(found, rows.index, np.split(involved, cuts), strict=True):
+            mask[i, index] = part
+    rows_of_c, lower, upper = found
+    return rows_of_c, lower, upper
+
+
+def canonical_multipliers(evaluation: Evaluation, active: ActiveSet) -> PrimalDual:
+    """The same points; where the active rows are dependent, with the multipliers described above.
+
+    Args:
+        evaluation: At KKT points.
+        active: The active set there.
+    """
+    bent = curvature(evaluation, active)
+    if not bent.null.shape[1]:  # unique, or too many to choose from
+        return evaluation.point
+    point = PrimalDual(**{name: values.copy() for name, values in vars(evaluation.point).items()})
+    for i in np.flatnonzero(bent.rank < bent.rows):
+        rows = _ActiveRows.of(evaluation, active, int(i))
+        rows.put(point, int(i), _of_binding_curvature(rows, rows.bends(evaluation, int(i), bent.null[i])))
+    return point
+
+
+def steepest_multipliers(
+    evaluation: Evaluation, active: ActiveSet, dc: Array, lower: Array, upper: Array
+) -> PrimalDual | None:
+    """The multipliers of one sample (B = 1) that maximise d_p L = y^T dc + l^T d lower - r^T d upper.
+
+    Returns:
+        The point itself where they are unique; ``None`` where d_p L has no limit: no solution is near in
+        that direction.
+    """
+    bent = curvature(evaluation, active)
+    if bent.rank[0] == bent.rows[0]:
+        return evaluation.point
+    rows = _ActiveRows.of(evaluation, active, 0)
+    c, left, right = rows.index
+    change = np.concatenate([dc[c], lower[left], -upper[right]]) @ rows.free
+    curved = (
+        rows.bends(evaluation, 0, bent.null[0]) @ rows.free
+    )  # decides between those that are equally steep
+    size = np.abs(curved).max(initial=0.0)
+    if size > 0:
+        change = change + 1e-7 * max(np.abs(change).max(), 1e-300) * curved / size
+    chosen = rows.largest(change)
+    if chosen is None:
+        return None
+    point = PrimalDual(**{name: values.copy() for name, values in vars(evaluation.point).items()})
+    rows.put(point, 0, chosen)
+    return point
+
+
+def _of_binding_curvature(rows: _ActiveRows, bends: Array) -> Array:
+    """The canonical multipliers of one sample; ``bends`` is what each of its rows adds to the trace."""
+    fixed, known, curved = rows.columns, rows.known, bends @ rows.free
+    largest = np.abs(bends).max(initial=0.0)
+    if np.abs(curved).max(initial=0.0) > _DEPENDENT * largest * np.abs(rows.free).max(initial=0.0):
+        binding = rows.largest(curved)
+        if binding is not None:  # otherwise the curvature has no limit, and nothing can be chosen by it
+            fixed = np.concatenate([fixed, bends[None] * np.abs(fixed).max() / largest])
+            known = binding
+    return _minimum_norm(fixed, known, rows.signed)
+
+
+def _minimum_norm(fixed: Array, known: Array, signed: Mask) -> Array:
+    """y of minimum norm with fixed y = fixed known and y >= 0 where signed; ``known`` where that is not found."""
+    target, zero = fixed @ known, np.zeros(len(known), dtype=bool)
+    for _ in known:
+        y = np.linalg.lstsq(np.where(zero, 0.0, fixed), target, rcond=_DEPENDENT)[0]
+        scale = np.abs(y).max(initial=0.0)
+        if not np.allclose(
+            fixed @ y, target, rtol=0, atol=1e-9 * max(np.abs(target).max(initial=0.0), 1e-300)
+        ):
+            return known
+        negative = signed & (y < -_DEPENDENT * scale)
+        if not negative.any():
+            return np.where(signed, np.maximum(y, 0), y)
+        zero |= negative
+    return known

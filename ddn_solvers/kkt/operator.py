@@ -1,7 +1,7 @@
 """The bordered matrix as an operator: multiplied, scaled and handed over without being formed.
 
-    K = [ H + D   A^T ]     rows and columns that are not ``kept`` are those of the identity
-        [ A       D   ]
+    K = [ H   A^T ]     D diagonal, zero or negative (``conditions.py``, smoothed);
+        [ A    D  ]     rows and columns that are not ``kept`` are those of the identity
 
 H and A are dense tensors, or matrices of a fixed pattern (``lowering.pattern``) whose nonzeros are all
 that is ever touched. A linear solver takes from K what it needs: products, the dense matrix, its blocks,
@@ -13,7 +13,7 @@ from __future__ import annotations
 import abc
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
@@ -149,7 +149,7 @@ class Bordered:
     Attributes:
         hessian, border: H (B, n, n) and A (B, m, n); zero where a row or column is not kept.
         kept: (B, n + m) bool.
-        diagonal: Added, (B, n + m): one where a row is not kept, else zero or a shift.
+        diagonal: Added, (B, n + m): one where a row is not kept, zero or the corner's entries where it is.
     """
 
     hessian: Operator
@@ -158,14 +158,13 @@ class Bordered:
     diagonal: torch.Tensor
 
     @staticmethod
-    def of(hessian: Operator, border: Operator, kept: torch.Tensor, shift: float = 0.0) -> Bordered:
-        """With rows and columns that are not ``kept`` masked; ``shift`` goes to the diagonal of H."""
+    def of(
+        hessian: Operator, border: Operator, kept: torch.Tensor, diagonal: torch.Tensor | float = 0.0
+    ) -> Bordered:
+        """With rows and columns that are not ``kept`` masked."""
         n = hessian.shape[1]
         x, t = kept[..., :n], kept[..., n:]
-        shifted = torch.cat(
-            [torch.full_like(x, shift, dtype=torch.float64), t.to(torch.float64) * 0.0], dim=-1
-        )
-        diagonal = torch.where(kept, shifted, 1.0)
+        diagonal = torch.where(kept, diagonal, torch.ones_like(kept, dtype=torch.float64))
         return Bordered(hessian.masked(x, x), border.masked(t, x), kept, diagonal)
 
     @property
@@ -196,8 +195,8 @@ class Bordered:
         return torch.cat([top, torch.cat([border, corner], dim=-1)], dim=-2) + torch.diag_embed(self.diagonal)
 
     def without(self, samples: torch.Tensor) -> Bordered:
-        """The identity in place of some samples, (B,) bool; of what was not shifted."""
-        return Bordered.of(self.hessian, self.border, self.kept & ~samples.unsqueeze(-1))
+        """The identity in place of some samples, (B,) bool."""
+        return Bordered.of(self.hessian, self.border, self.kept & ~samples.unsqueeze(-1), self.diagonal)
 
     def take(self, samples: Any) -> Bordered:
         """Some samples, by index."""
@@ -216,8 +215,8 @@ class Bordered:
         hessian, border = self.hessian.matrices, self.border.matrices
         frame = _frame(hessian.pattern, border.pattern)
         matrix = frame.matrix(hessian.nonzeros[sample], border.nonzeros[sample], kept)
-        shift = self.diagonal[sample].numpy()[where]
-        return (matrix + sp.diags_array(shift)).tocsc() if shift.any() else matrix, where
+        diagonal = self.diagonal[sample].numpy()[where]
+        return (matrix + sp.diags_array(diagonal)).tocsc() if diagonal.any() else matrix, where
 
 
 @dataclass(frozen=True)
@@ -245,6 +244,9 @@ class _Frame:
 # Measured on one core: SuperLU beats dense LU from here on, on random patterns as on banded ones.
 _LARGE = 200  # unknowns
 _SPARSE = 0.02  # nonzeros over entries of the bordered matrix
+
+# Singular samples are taken apart by dense singular values as long as that takes a second at most.
+DENSE_LIMIT: Final = 1000  # variables
 
 
 def large_and_sparse(hessian: Pattern, jacobian: Pattern) -> bool:

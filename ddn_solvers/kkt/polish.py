@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddn_solvers.active_set import ActiveSet, fixed_by_bounds, identify
+from ddn_solvers.active_set import ActiveSet, fixed_by_bounds, identify, kink_sides, settled
 from ddn_solvers.arrays import Array, Index, Mask
 from ddn_solvers.kkt.system import System
 from ddn_solvers.program import Program
@@ -62,6 +62,7 @@ def polish(program: Program, bound: Bound, start: PrimalDual, linear_solver: Any
     """Polish a batch of points; a sample that Newton's method does not improve stays as it is."""
     best = Evaluation.at(program, bound, start)
     working = identify(best, 0.0)
+    best = settled(best, working)
     batch = len(start.z)
     predicted, condition = np.full(batch, np.inf), np.full(batch, np.inf)
     singular = np.zeros(batch, dtype=bool)
@@ -71,13 +72,15 @@ def polish(program: Program, bound: Bound, start: PrimalDual, linear_solver: Any
         samples = np.flatnonzero(open_)
         if not samples.size:
             break
-        here, active = best.take(samples), working.take(samples)
+        active = working.take(samples)
+        before = best.take(samples)
+        here = settled(before, active)
         system = kkt_system(here, active, linear_solver=linear_solver)
         whole = system if whole is None and len(samples) == batch else whole
         tried, predicted[samples] = _newton_step(here, active, system)
         singular[samples], condition[samples] = system.singular.numpy(), system.condition.numpy()
         with np.errstate(invalid="ignore"):
-            better = tried.scaled < here.scaled
+            better = tried.scaled < before.scaled
         corrected = _corrected(active, tried)
         changed = (corrected.sides != active.sides).any(axis=1) & np.isfinite(tried.scaled)
         working = replace(working, sides=_put(working.sides, samples, corrected.sides, changed))
@@ -97,9 +100,8 @@ def _newton_step(here: Evaluation, active: ActiveSet, system: System) -> tuple[E
         torch.from_numpy(np.where(active.fixed, target - here.point.z, 0.0)),
     )
     x, t = step.x.numpy(), step.t.numpy()
-    zero = np.zeros_like(x)
     z = np.where(active.fixed, target, here.point.z + x)
-    moved = Evaluation.at(here.program, here.bound, PrimalDual(z, y + t, zero, zero))
+    moved = Evaluation.at(here.program, here.bound, replace(here.point, z=z, y=y + t))
     point = with_bound_multipliers(moved, active)
     tried = Evaluation(here.program, here.bound, point, moved.first)
     return tried, np.abs(x).max(axis=1, initial=0.0) / here.size[:, 0]
@@ -116,6 +118,8 @@ def with_bound_multipliers(evaluation: Evaluation, active: ActiveSet) -> PrimalD
 def _corrected(active: ActiveSet, tried: Evaluation) -> ActiveSet:
     leave = tried.scaled_multiplier < -_SIGN
     join = tried.scaled_slack < -_SIGN
+    if tried.program.pieces is not None:
+        join[:, kink_sides(tried)] &= ~tried.idle_kinks
     sides = np.where(active.sides, ~leave, join)
     n = active.n
     fixed = fixed_by_bounds(tried)

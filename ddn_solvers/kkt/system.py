@@ -24,36 +24,27 @@ from typing import Any
 
 import torch
 
+from ddn_solvers.kkt.degenerate import Degenerate, LargeDegenerate
 from ddn_solvers.kkt.linear import (
     SINGULAR,
     Custom,
     DenseInverse,
     DenseLU,
     Iterative,
-    LeastSquares,
     LinearSolver,
     Schur,
-    SparseLeastSquares,
     SparseLU,
+    Step,
     condition,
     equilibrate,
     without_symmetry,
 )
-from ddn_solvers.kkt.operator import Bordered, Dense, Operator, Sparse, large_and_sparse
+from ddn_solvers.kkt.operator import DENSE_LIMIT, Bordered, Dense, Operator, Sparse, large_and_sparse
 from ddn_solvers.lowering.pattern import Matrices
 
 _REFINEMENTS = 4
 _ROUNDING = 4e-15  # backward error |r| / (|b| + |K| |x|) at which a refined solution is taken
 _SCHUR = 40  # unknowns from which two small Cholesky factorizations beat one LU
-
-
-@dataclass(frozen=True)
-class Step:
-    """Solution of one bordered system: x (B, n), t (B, m), and q (B, n), zero on free variables."""
-
-    x: torch.Tensor
-    t: torch.Tensor
-    q: torch.Tensor
 
 
 class System:
@@ -68,6 +59,7 @@ class System:
         any_singular: With ``singular`` given: whether any is. (A transformed tensor cannot be asked.)
         transformed: The tensors may be under torch.func transforms.
         linear_solver: As in ``Policy``.
+        corner: Diagonal in place of the zero block, (B, m), <= 0; none is zero.
         proximal: Added to the diagonal of H of singular samples instead of taking the pseudo-inverse.
     """
 
@@ -83,17 +75,18 @@ class System:
         transformed: bool = False,
         linear_solver: Any = "auto",
         proximal: float | None = None,
+        corner: torch.Tensor | None = None,
     ) -> None:
-        self._choice = linear_solver
+        self._choice, self._corner = linear_solver, corner
         self._solver = _solver(linear_solver, transformed, hessian, jacobian)
         self.hessian, self.jacobian = self._operator(hessian), self._operator(jacobian)
         self.active, self.fixed, self._kept = active, fixed, torch.cat([~fixed, active], dim=-1)
         self._any_fixed = transformed or bool(fixed.any())
-        self._units = torch.where(self._kept, _units(self.hessian, self.jacobian), 1.0)
         packable = isinstance(self._solver, (DenseLU, Schur)) and len(fixed) > 0
         self._packing = _Packing.of(~fixed, active) if packable else None
         K = self._bordered()
-        scale = equilibrate(K, self._pack(self._units))
+        units = torch.where(self._kept, _units(self.hessian, self.jacobian), 1.0)
+        scale = equilibrate(K, self._pack(units))
         self._scale = self._unpack(scale, 1.0)
         K = K.scaled(scale)
         if singular is None or not any_singular:
@@ -119,15 +112,30 @@ class System:
         if self._packing is not None:
             hessian = Dense(self._packing.hessian(hessian.dense()))
             jacobian = Dense(self._packing.border(jacobian.dense()))
-        return Bordered.of(hessian, jacobian, kept)
+        if self._corner is None:
+            return Bordered.of(hessian, jacobian, kept)
+        diagonal = torch.cat([torch.zeros_like(self.fixed, dtype=self._corner.dtype), self._corner], dim=-1)
+        return Bordered.of(hessian, jacobian, kept, self._pack(diagonal))
 
     def _prepare_singular(self, proximal: float | None) -> None:
-        """A factorization of the singular samples alone; in the others the identity stands for the matrix."""
-        kept = self._kept & self.singular.unsqueeze(-1)
-        matrix = Bordered.of(self.hessian, self.jacobian, kept, proximal or 0.0)
-        self._fallback = SparseLeastSquares() if self._solver.sparse else LeastSquares()
-        # The minimum norm is meant in the user's own units: equilibration would weigh the variables.
-        self._fallback_state = self._fallback.init(matrix.scaled(self._units))
+        """What serves singular samples; dense, whatever the solver of the others, but for very large problems."""
+        pick = self.singular.unsqueeze(-1)
+        self._degenerate: Degenerate | LargeDegenerate
+        if isinstance(self.hessian, Sparse) and self.hessian.shape[1] > DENSE_LIMIT:
+            kept = torch.cat([torch.ones_like(self.fixed), self.active], dim=-1)
+            K = Bordered.of(self.hessian, self.jacobian, kept & pick)
+            self._degenerate = LargeDegenerate(K, self.fixed, proximal)
+            return
+        nothing = torch.zeros_like(self.fixed)
+        hessian = self.hessian.masked(~nothing & pick, ~nothing).dense()
+        jacobian = self.jacobian.masked(self.active & pick, ~nothing).dense()
+        active = self.active & pick
+        if self._corner is not None:  # rows with a corner entry are a part of the Hessian
+            soft = active & (self._corner != 0)
+            stiffness = torch.where(soft, -1 / torch.where(soft, self._corner, 1.0), 0.0)
+            hessian = hessian + jacobian.mT @ (stiffness.unsqueeze(-1) * jacobian)
+            active = active & ~soft
+        self._degenerate = Degenerate(hessian, jacobian, active, self.fixed & pick, proximal)
 
     def moved(self, hessian: torch.Tensor | Matrices, jacobian: torch.Tensor | Matrices) -> System:
         """The system of a nearby point with the same active set: this factorization, refined (regular only)."""
@@ -142,6 +150,15 @@ class System:
         Args:
             a: (B, n). b: (B, m). v: (B, n), used where a variable is fixed.
         """
+        step = self._regular(a, b, v)
+        if not self._repair:
+            return step
+        other, pick = self._degenerate.solve(a, b, v), self.singular.unsqueeze(-1)
+        return Step(
+            *(torch.where(pick, o, s) for o, s in zip(vars(other).values(), vars(step).values(), strict=True))
+        )
+
+    def _regular(self, a: torch.Tensor, b: torch.Tensor, v: torch.Tensor) -> Step:
         n, solve = a.shape[-1], self._refined if self._solver.refine or self._moved else self._factored
         if not self._any_fixed:
             solution = solve(torch.cat([a, torch.where(self.active, b, 0.0)], dim=-1))
@@ -157,13 +174,21 @@ class System:
         q = self.hessian.times(x) + self.jacobian.transposed_times(t) - a
         return Step(x, t, torch.where(self.fixed, q, 0.0))
 
+    def error(self) -> torch.Tensor:
+        """|K x - b| / |b| of the solution for a fixed right-hand side in the range of K, (B,)."""
+        n, size = self.hessian.shape[-1], self._scale.shape[-1]
+        there = torch.cos(1.0 + torch.arange(size, dtype=self._scale.dtype) ** 2).expand_as(self._scale)
+        kept = torch.cat([torch.ones_like(self.fixed), self.active], dim=-1)
+        rhs = self._product(torch.where(kept, there, 0.0))
+        step = self.solve(rhs[..., :n], rhs[..., n:], rhs[..., :n])
+        left = self._product(torch.cat([step.x, step.t], dim=-1)) - rhs
+        return torch.linalg.vector_norm(left, dim=-1) / torch.linalg.vector_norm(rhs, dim=-1).clamp(
+            min=1e-300
+        )
+
     def _factored(self, rhs: torch.Tensor) -> torch.Tensor:
         packed = self._pack(self._scale * rhs)
-        solution = self._scale * self._unpack(self._solver.compute(self._state, packed), 0.0)
-        if self._repair:
-            least = self._units * self._fallback.compute(self._fallback_state, self._units * rhs)
-            solution = torch.where(self.singular.unsqueeze(-1), least, solution)
-        return solution
+        return self._scale * self._unpack(self._solver.compute(self._state, packed), 0.0)
 
     def _refined(self, rhs: torch.Tensor) -> torch.Tensor:
         """Iterative refinement against the matrix at this point; factored anew where that does not converge."""
@@ -175,7 +200,7 @@ class System:
             exact = ((scale * residual).abs() <= _ROUNDING * size.amax(-1, keepdim=True)).all(-1)
             if bool((exact | self.singular).all()):
                 return solution
-            solution = solution + torch.where(self.singular.unsqueeze(-1), 0.0, self._factored(residual))
+            solution = solution + self._factored(residual)
         if not self._moved and not isinstance(self._solver, Schur):
             return solution  # as good as this solver gets
         afresh = System(
@@ -186,6 +211,7 @@ class System:
             singular=self.singular,
             any_singular=self._repair,
             linear_solver=self._choice if self._moved else "dense",
+            corner=self._corner,
         )
         return afresh._factored(rhs)
 
@@ -193,7 +219,10 @@ class System:
         n = self.hessian.shape[-1]
         x, t = solution[..., :n], solution[..., n:]
         top = self.hessian.times(x) + self.jacobian.transposed_times(t)
-        rows = torch.where(self.active, self.jacobian.times(x), t)
+        rows = self.jacobian.times(x)
+        if self._corner is not None:
+            rows = rows + self._corner * t
+        rows = torch.where(self.active, rows, t)
         return torch.cat([torch.where(self.fixed, x, top) if self._any_fixed else top, rows], dim=-1)
 
     # -- samples without what they do not keep --------------------------------------------------------

@@ -7,19 +7,21 @@ where it is not).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from ddn_solvers.active_set import ActiveSet, identify
+from ddn_solvers.active_set import ActiveSet, identify, off_kinks, settled
 from ddn_solvers.arrays import Array, Mask
 from ddn_solvers.kkt.curvature import curvature, surely_minimal
-from ddn_solvers.kkt.polish import polish
+from ddn_solvers.kkt.multipliers import canonical_multipliers
+from ddn_solvers.kkt.polish import kkt_system, polish
 from ddn_solvers.kkt.system import System
+from ddn_solvers.pieces import Kink
 from ddn_solvers.policy import Policy
-from ddn_solvers.program import Kink, Program
+from ddn_solvers.program import Program
 from ddn_solvers.residuals import Bound, Evaluation, PrimalDual
 from ddn_solvers.solution import Status
 
@@ -85,7 +87,13 @@ def verify(
         distance = np.where(polished.singular, evaluation.scaled_stationarity, polished.predicted)
         # Where the point could not be polished to rounding, the active set is judged less finely.
         tolerance = np.maximum(policy.activity_tolerance(dtype), 10 * evaluation.scaled)
-        active = identify(evaluation, np.where(np.isfinite(tolerance), tolerance, 0.0))
+        tolerance = np.where(np.isfinite(tolerance), tolerance, 0.0)
+        active = identify(evaluation, tolerance)
+        if polished.singular.any():
+            point = canonical_multipliers(evaluation, active)
+            evaluation = Evaluation.at(program, bound, point)
+            active = identify(evaluation, tolerance)
+        evaluation = settled(evaluation, active)
         kinks = _kinks(evaluation)
         singular = polished.singular | (evaluation.vanishing & active.constraints).any(axis=1)
         bent = np.zeros(len(start.z), dtype=bool)
@@ -108,6 +116,20 @@ def verify(
     return Verified(evaluation, active, singular, polished.condition, tuple(status), tuple(reasons), system)
 
 
+def on_chosen_pieces(verified: Verified, policy: Policy) -> Verified:
+    """What is differentiated: the verified points themselves, or Clarke's subdifferential at their kinks."""
+    if policy.nonsmooth == "manifold":
+        return verified
+    evaluation, active = off_kinks(verified.evaluation, verified.active)
+    if active is verified.active:
+        return verified
+    with np.errstate(all="ignore"):
+        system = kkt_system(evaluation, active)
+    return replace(
+        verified, evaluation=evaluation, active=active, singular=system.singular.numpy(), system=None
+    )
+
+
 def _judge(
     numbers: dict[str, Any],
     objective: float,
@@ -120,28 +142,24 @@ def _judge(
         return Status.NUMERICAL_ERROR, "the point or the functions there are not finite"
     on = np.flatnonzero(kinks <= _ON_KINK)
     if on.size:
-        return Status.NOT_A_KKT_POINT, f"the solution sits on a kink of {_name(names[on[0]])}"
+        return Status.NOT_A_KKT_POINT, f"the solution sits on a kink of {names[on[0]]}"
     large = {name: value for name, value in numbers.items() if value > accuracy}
     if large:
         reason = ", ".join(f"scaled {name} {value:.1e}" for name, value in large.items())
         reason += f", above the accuracy {accuracy:.0e}"
         nearest = int(kinks.argmin()) if kinks.size else -1
         if nearest >= 0 and kinks[nearest] <= _NEAR_KINK:
-            reason += f"; close to a kink of {_name(names[nearest])}"
+            reason += f"; close to a kink of {names[nearest]}"
         return Status.NOT_A_KKT_POINT, reason
     if bent:
         return Status.NOT_A_MINIMUM, "the reduced Hessian of the Lagrangian has a negative eigenvalue"
     return Status.OPTIMAL, ""
 
 
-def _name(kink: Kink) -> str:
-    return f"'{kink.operation}' at {kink.source}" if kink.source else f"'{kink.operation}'"
-
-
 def _kinks(evaluation: Evaluation) -> Array:
-    """Scaled distance to each kink, (B, kinks)."""
+    """Scaled distance to each kink without pieces, (B, kinks)."""
     program, z = evaluation.program, evaluation.point.z
     if not program.kinks:
         return np.zeros((len(z), 0))
-    distances: Array = np.abs(program.kink_residuals(z, evaluation.bound.parameters)) / evaluation.size
+    distances: Array = np.abs(evaluation.functions.kink_residuals(z, evaluation.inputs)) / evaluation.size
     return distances

@@ -1,14 +1,15 @@
 """A lowered graph -> the compiled functions that backends and the backward pass call.
 
-With z the flat variables, p_1 .. p_k the flat parameter blocks (captured tensors included),
-c = [h; g], and y the multipliers of c, each function is a dense-column CasADi function:
+With z the flat variables, p_1 .. p_k the flat parameter blocks (captured tensors included; in the functions
+of a smooth piece sigma and tau as well, in which nothing is differentiated), c = [h; g], or [h; g; r], and y the multipliers of c, each function is a dense-column CasADi function:
 
     values       (z, p..)                    -> f, c
     first_order  (z, p..)                    -> f, grad f, c, nonzeros of the Jacobian of c
     hessian      (z, p.., y, sigma)          -> nonzeros of the Hessian of sigma f + y^T c
     bounds       (p..)                       -> lower, upper
     adjoint      (z, p.., y, w, s, sl, su, e)-> d/dp_i [ e f - w^T grad_z (f + y^T c) - s^T c - sl^T lower + su^T upper ]
-    tangent      (z, p.., y, dp..)           -> directional derivatives of grad_z (f + y^T c), c, lower, upper
+    tangent      (z, p.., y, dp..)           -> directional derivatives of f, grad_z (f + y^T c), c, lower, upper
+    kink_weights (z, p.., y)                 -> d/dtau (f + y^T c), tau being the last block; for smooth pieces
     kinks        (z, p..)                    -> residuals that vanish where a term is not differentiable
 
 ``callbacks.py`` makes the same functions out of torch.
@@ -38,8 +39,10 @@ class SymbolicFunctions:
         outputs: Sequence[tuple[str, str]],
         variables: Layout,
         parameter_sizes: Sequence[int],
+        differentiated: int | None = None,
     ) -> None:
         self.module, self.variables = module, variables
+        self._differentiated = len(parameter_sizes) if differentiated is None else differentiated
         self.z = ca.MX.sym("z", variables.size)
         self.p = [ca.MX.sym(f"p{i}", size) for i, size in enumerate(parameter_sizes)]
         cuts = [block.start for block in variables] + [variables.size]
@@ -48,7 +51,9 @@ class SymbolicFunctions:
         self.terms = dict(zip(outputs, lowered.outputs, strict=True))
         self.kink_terms: tuple[KinkExpression, ...] = lowered.kinks
         self.f = self.terms["objective", ""]
-        self.c = _stack([e for (kind, _), e in self.terms.items() if kind in ("equality", "inequality")])
+        self.c = _stack(
+            [e for (kind, _), e in self.terms.items() if kind in ("equality", "inequality", "kink")]
+        )
         self.lower = _stack([self._side("lower", b.name, b.size, -np.inf) for b in variables])
         self.upper = _stack([self._side("upper", b.name, b.size, np.inf) for b in variables])
         self.y = ca.MX.sym("y", self.c.numel())
@@ -130,7 +135,7 @@ class SymbolicFunctions:
         total = e * self.f - along_w - ca.dot(s, self.c)
         for kind, weight, sign in (("lower", sl, -1.0), ("upper", su, 1.0)):
             total += sign * self._weighted_bounds(kind, weight)
-        gradients = [ca.gradient(total, p) for p in self.p]
+        gradients = [ca.gradient(total, p) for p in self.p[: self._differentiated]]
         return self._function("adjoint", [self.y, w, s, sl, su, e], gradients)
 
     def _weighted_bounds(self, kind: str, weight: ca.MX) -> ca.MX:
@@ -143,12 +148,13 @@ class SymbolicFunctions:
 
     @cached_property
     def tangent(self) -> ca.Function:
-        dp = [ca.MX.sym(f"dp{i}", p.numel()) for i, p in enumerate(self.p)]
+        parameters = self.p[: self._differentiated]
+        dp = [ca.MX.sym(f"dp{i}", p.numel()) for i, p in enumerate(parameters)]
         gradient = ca.gradient(self.f + ca.dot(self.y, self.c), self.z)
         outputs = []
-        for expression in (gradient, self.c, self.lower, self.upper):
+        for expression in (self.f, gradient, self.c, self.lower, self.upper):
             directional = ca.MX.zeros(expression.numel())
-            for p, direction in zip(self.p, dp, strict=True):
+            for p, direction in zip(parameters, dp, strict=True):
                 directional += ca.jtimes(expression, p, direction)
             outputs.append(directional)
         return self._function("tangent", [self.y, *dp], outputs)
@@ -156,6 +162,11 @@ class SymbolicFunctions:
     @cached_property
     def kinks(self) -> ca.Function:
         return self._function("kinks", [], [_stack([kink.residual for kink in self.kink_terms])])
+
+    @cached_property
+    def kink_weights(self) -> ca.Function:
+        tau = self.p[-1]
+        return self._function("kink_weights", [self.y], [ca.gradient(self.f + ca.dot(self.y, self.c), tau)])
 
     def nodes(self, nodes: Sequence[fx.Node]) -> ca.Function:
         """(p..) -> values of graph nodes that depend on parameters alone."""
