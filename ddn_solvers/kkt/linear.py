@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ddn_solvers.arrays import Array
-from ddn_solvers.kkt.operator import Bordered
+from ddn_solvers.kkt.operator import Bordered, Formed
 
 # Beyond this condition number (after equilibration) the solution of a system is rounding error.
 SINGULAR: Final = 1e12
@@ -41,15 +41,17 @@ class LinearSolver(abc.ABC):
 
     Attributes:
         sparse: It reads the nonzeros alone, so that dense matrices need not be made.
+        formed: It takes K as one dense matrix.
         refine: Its solutions are improved by iterative refinement: it is less than backward stable.
     """
 
     sparse: ClassVar[bool] = False
+    formed: ClassVar[bool] = False
     refine: ClassVar[bool] = False
 
     @abc.abstractmethod
-    def init(self, K: Bordered) -> Any:
-        """Factor a batch."""
+    def init(self, K: Any) -> Any:
+        """Factor a batch: ``Bordered``, or ``Formed`` where it takes that."""
 
     @abc.abstractmethod
     def compute(self, state: Any, rhs: torch.Tensor) -> torch.Tensor:
@@ -63,7 +65,9 @@ class LinearSolver(abc.ABC):
 class DenseLU(LinearSolver):
     """LU with partial pivoting; exact for regular systems."""
 
-    def init(self, K: Bordered) -> Any:
+    formed = True
+
+    def init(self, K: Bordered | Formed) -> Any:
         factors, pivots, _ = torch.linalg.lu_factor_ex(K.dense())
         return factors, pivots
 
@@ -120,7 +124,9 @@ class DenseInverse(LinearSolver):
     to different depths, vmap of the forward derivative of ``solve``. ``inv`` and ``matmul`` are right.
     """
 
-    def init(self, K: Bordered) -> Any:
+    formed = True
+
+    def init(self, K: Bordered | Formed) -> Any:
         matrix = K.dense()
         return matrix, torch.linalg.inv(matrix)
 
@@ -247,27 +253,33 @@ def least_squares(matrix: Any, target: Array) -> Array:
 class Custom(LinearSolver):
     """A user's ``(matrix, rhs) -> solution``."""
 
+    formed = True
+
     def __init__(self, solve: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
         self._solve = solve
 
-    def init(self, K: Bordered) -> Any:
+    def init(self, K: Bordered | Formed) -> Any:
         return K.dense()
 
     def compute(self, state: Any, rhs: torch.Tensor) -> torch.Tensor:
         return self._solve(state, rhs)
 
 
-def equilibrate(K: Bordered, start: torch.Tensor) -> torch.Tensor:
+def equilibrate(K: Bordered | Formed, start: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Symmetric scaling d that brings the rows of diag(d) K diag(d) towards norm one (Ruiz 2001), (B, N).
 
     Together with a ``start`` that takes out the units of objective and constraints, it makes every later
     decision independent of them.
+
+    Returns:
+        d, and the largest of the norms then, (B,).
     """
     scale, magnitude = start, K.absolute()
     for _ in range(2):
         rows = magnitude.times(scale) * scale
         scale = torch.where(rows > 0, scale * rows.rsqrt(), scale)
-    return scale
+    norms = torch.where(K.kept, magnitude.times(scale) * scale, 0.0)
+    return scale, norms.amax(-1) if norms.shape[-1] else norms.sum(-1)
 
 
 def without_symmetry(kept: torch.Tensor) -> torch.Tensor:
@@ -275,15 +287,21 @@ def without_symmetry(kept: torch.Tensor) -> torch.Tensor:
     return torch.cos(1.0 + torch.arange(kept.shape[-1], dtype=torch.float64) ** 2).expand(kept.shape)
 
 
-def condition(solver: LinearSolver, state: Any, K: Bordered, start: torch.Tensor) -> torch.Tensor:
-    """Estimate of |K| |K^-1| on the kept rows by two steps of inverse iteration from ``start``, (B,)."""
-    batch, size = K.kept.shape
-    if size == 0:
-        return start.new_ones(batch)
-    start = torch.where(K.kept, start, 0.0)
-    x = solver.compute(state, start / torch.where(K.kept.any(-1), start.norm(dim=-1), 1.0).unsqueeze(-1))
+def condition(
+    solver: LinearSolver, state: Any, kept: torch.Tensor, norm: torch.Tensor, start: torch.Tensor
+) -> torch.Tensor:
+    """Estimate of |K| |K^-1| on the kept rows by two steps of inverse iteration from ``start``, (B,).
+
+    Args:
+        kept: Rows that K keeps, (B, N).
+        norm: |K|, (B,).
+    """
+    something = kept.any(-1)
+    x = torch.where(kept, start, 0.0)
+    x = x / torch.where(something, torch.linalg.vector_norm(x, dim=-1), 1.0).unsqueeze(-1)
     for _ in range(2):
-        x = solver.compute(state, x / x.norm(dim=-1, keepdim=True))
-    largest = torch.where(K.kept, K.absolute().times(K.kept.to(x.dtype)), 0.0).amax(-1)
-    estimate = torch.nan_to_num(largest * x.norm(dim=-1), nan=torch.inf, posinf=torch.inf)
-    return torch.where(K.kept.any(-1), estimate, 1.0)
+        x = solver.compute(state, x)
+        x = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    inverse = torch.linalg.vector_norm(solver.compute(state, x), dim=-1)
+    estimate = torch.nan_to_num(norm * inverse, nan=torch.inf, posinf=torch.inf)
+    return torch.where(something, estimate, 1.0)

@@ -198,6 +198,9 @@ class Bordered:
         """The identity in place of some samples, (B,) bool."""
         return Bordered.of(self.hessian, self.border, self.kept & ~samples.unsqueeze(-1), self.diagonal)
 
+    def formed(self) -> Formed:
+        return Formed(self.dense(), self.kept)
+
     def take(self, samples: Any) -> Bordered:
         """Some samples, by index."""
         return Bordered(
@@ -217,6 +220,34 @@ class Bordered:
         matrix = frame.matrix(hessian.nonzeros[sample], border.nonzeros[sample], kept)
         diagonal = self.diagonal[sample].numpy()[where]
         return (matrix + sp.diags_array(diagonal)).tocsc() if diagonal.any() else matrix, where
+
+
+@dataclass(frozen=True)
+class Formed:
+    """The same as one dense matrix: for small ones, where every operation costs more than its arithmetic."""
+
+    matrix: torch.Tensor  # (B, N, N)
+    kept: torch.Tensor
+
+    def times(self, v: torch.Tensor) -> torch.Tensor:
+        """(B, N) -> (B, N)"""
+        return torch.matmul(self.matrix, v.unsqueeze(-1)).squeeze(-1)
+
+    def absolute(self) -> Formed:
+        return Formed(self.matrix.detach().abs(), self.kept)
+
+    def scaled(self, d: torch.Tensor) -> Formed:
+        """diag(d) K diag(d); d is one where a row is not kept."""
+        return Formed(self.matrix * d.unsqueeze(-1) * d.unsqueeze(-2), self.kept)
+
+    def without(self, samples: torch.Tensor) -> Formed:
+        """The identity in place of some samples, (B,) bool."""
+        pick = samples.unsqueeze(-1)
+        identity = torch.eye(self.matrix.shape[-1], dtype=self.matrix.dtype)
+        return Formed(torch.where(pick.unsqueeze(-1), identity, self.matrix), self.kept & ~pick)
+
+    def dense(self) -> torch.Tensor:
+        return self.matrix
 
 
 @dataclass(frozen=True)
