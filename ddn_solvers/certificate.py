@@ -147,8 +147,8 @@ def certify(
     program = evaluation.program
     with np.errstate(all="ignore"):
         system = System(
-            torch.from_numpy(np.nan_to_num(evaluation.hessian)),
-            torch.from_numpy(np.nan_to_num(evaluation.regular_jacobian)),
+            evaluation.H.map(np.nan_to_num),
+            evaluation.regular_J.map(np.nan_to_num),
             torch.from_numpy(active.constraints),
             torch.from_numpy(active.fixed),
             linear_solver=policy.linear_solver,
@@ -220,6 +220,8 @@ def _by_name(
 
 def _flat_directions(evaluation: Evaluation, bent: Curvature) -> list[torch.Tensor]:
     """Directions in the null space of the active rows without curvature: where dz is free, (n, k) each."""
+    if not bent.null.shape[1]:  # too large for a basis, or regular: then there are none
+        return [torch.zeros(evaluation.point.z.shape[1], 0, dtype=torch.float64) for _ in bent.null]
     bases = []
     for null, hessian, unit in zip(bent.null, np.nan_to_num(evaluation.hessian), bent.unit, strict=True):
         basis = null[(null != 0).any(axis=1)].T  # (n, n - rank)

@@ -21,6 +21,7 @@ from ddn_solvers.adapter import Feature, ProblemClass, QuadraticForm
 from ddn_solvers.arrays import Array
 from ddn_solvers.captures import Overrides
 from ddn_solvers.evaluators import Evaluators
+from ddn_solvers.inertia import positive_definite
 from ddn_solvers.layout import Block, Layout
 from ddn_solvers.pieces import Kink, Pieces, find_pieces, lift
 from ddn_solvers.problem import Problem
@@ -199,8 +200,16 @@ class Program(Evaluators):
             return False
         if self.problem_class is not ProblemClass.QP or not self.compiled:
             return True
-        hessian = self._functions.constant_hessian()
-        return hessian is None or bool(np.linalg.eigvalsh(hessian).min() < 0)
+        constant = self._functions.constant_hessian()
+        if constant is None:
+            return True
+        pattern, nonzeros = constant
+        if self.variables.size <= _DENSE:
+            return bool(np.linalg.eigvalsh(pattern.dense(nonzeros[None])[0]).min() < 0)
+        import scipy.sparse as sp
+
+        lift = _NEGLIGIBLE * np.abs(nonzeros).max(initial=0.0) * sp.eye_array(self.variables.size)
+        return not positive_definite((pattern.matrix(nonzeros) + lift).tocsc())
 
     @cached_property
     def features(self) -> frozenset[Feature]:
@@ -298,6 +307,8 @@ def compile_program(problem: Problem, overrides: Overrides | None = None) -> Pro
 
 
 _LOCK = threading.RLock()
+_DENSE = 500  # variables up to which all eigenvalues of a constant Hessian are computed
+_NEGLIGIBLE = 1e-8  # relative size of an eigenvalue that is no negative curvature, see kkt/curvature.py
 _MAX_PROGRAMS = 8  # states of captured values (train and eval mode, ...) kept for one problem
 
 

@@ -102,17 +102,13 @@ class Linearisation:
         m, n = self.evaluation.functions.rows, self.active.n
         masks = active_masks(sides, weak, m, n, self.policy)
         options = _options(self.policy)
-        hessian, jacobian = (torch.from_numpy(a) for a in (self._at.hessian, self._at.regular_jacobian))
+        hessian, jacobian = self._at.H, self._at.regular_J
         if self.policy.smoothing:
-            rows = masks[0][1][0]
-            return [
-                (
-                    1.0,
-                    smoothed_conditions(
-                        hessian, jacobian, self._pair, rows, self.active.equalities, **options
-                    ),
-                )
-            ]
+            dense, rows = [torch.from_numpy(a.dense) for a in (hessian, jacobian)], masks[0][1][0]
+            smooth = smoothed_conditions(
+                dense[0], dense[1], self._pair, rows, self.active.equalities, **options
+            )
+            return [(1.0, smooth)]
         if self.policy.weakly_active in ("active", "raise") or not self.active.weak.any():
             # The systems are those that were verified; dropping weakly active rows makes others.
             options |= {
@@ -183,7 +179,7 @@ def _options(policy: Policy) -> dict[str, Any]:
 
 
 def _active(
-    hessian: torch.Tensor, jacobian: torch.Tensor, choice: tuple[torch.Tensor, ...], options: dict[str, Any]
+    hessian: Any, jacobian: Any, choice: tuple[torch.Tensor, ...], options: dict[str, Any]
 ) -> ActiveConditions:
     rows, lower, upper = choice
     return ActiveConditions(System(hessian, jacobian, rows, lower | upper, **options), rows, lower, upper)

@@ -95,8 +95,8 @@ def _on_one_piece(
     weak = active.weak & active.sides
     strong = replace(active, sides=active.sides & ~weak)
     system = System(
-        torch.from_numpy(evaluation.hessian),
-        torch.from_numpy(evaluation.jacobian),
+        evaluation.H,
+        evaluation.J,
         torch.from_numpy(strong.constraints),
         torch.from_numpy(strong.fixed),
     )

@@ -195,6 +195,8 @@ def canonical_multipliers(evaluation: Evaluation, active: ActiveSet) -> PrimalDu
         active: The active set there.
     """
     bent = curvature(evaluation, active)
+    if not bent.null.shape[1]:  # unique, or too many to choose from
+        return evaluation.point
     point = PrimalDual(**{name: values.copy() for name, values in vars(evaluation.point).items()})
     for i in np.flatnonzero(bent.rank < bent.rows):
         rows = _ActiveRows.of(evaluation, active, int(i))

@@ -102,15 +102,14 @@ class SymbolicFunctions:
         outputs: Any = self.module.graph.output_node().args[0]
         return bool(lower(self.module, self._inputs, len(self.variables), [outputs[position]]).kinks)
 
-    def constant_hessian(self) -> np.ndarray[Any, Any] | None:
-        """The objective's Hessian if it depends on nothing, else ``None``."""
+    def constant_hessian(self) -> tuple[Pattern, np.ndarray[Any, Any]] | None:
+        """The objective's Hessian, pattern and nonzeros, if it depends on nothing, else ``None``."""
         hessian = ca.hessian(self.f, self.z)[0]
         if ca.depends_on(_nonzeros(hessian), ca.vertcat(self.z, *self.p)):
             return None
-        matrix: np.ndarray[Any, Any] = ca.Function("constant", [self.z, *self.p], [ca.densify(hessian)])(
-            *[0] * (1 + len(self.p))
-        ).full()
-        return matrix
+        constant = ca.Function("constant", [self.z, *self.p], [ca.densify(_nonzeros(hessian))])
+        nonzeros: np.ndarray[Any, Any] = constant(*[0] * (1 + len(self.p))).full().reshape(-1)
+        return _pattern(hessian), nonzeros
 
     @cached_property
     def values(self) -> ca.Function:
