@@ -194,6 +194,7 @@ class _Implicit(torch.autograd.Function):
         if all(c is None for c in cotangents[:_DIFFERENTIABLE]):
             return (None,) * (1 + ctx.blocks)
         check_derivative(operation.policy, operation.established())
+        envelope = all(c is None for c in cotangents[: _DIFFERENTIABLE - 1])
         v = Cotangents(
             *(
                 torch.zeros_like(output) if c is None else c.to(output.dtype)
@@ -201,9 +202,10 @@ class _Implicit(torch.autograd.Function):
             )
         )
         if torch.is_grad_enabled() or any(map(_is_transformed, (*blocks, *vars(v).values()))):
-            gradients = _differentiable_vjp(operation, blocks, outputs, v)
+            linearisation = _torch_linearisation(operation, blocks, outputs)
+            gradients = linearisation.vjp(v, outputs.gradient_scale, envelope)
         else:
-            gradients = _compiled_vjp(operation, blocks, outputs, v)
+            gradients = _compiled_vjp(operation, blocks, outputs, v, envelope)
         return None, *gradients
 
     @staticmethod
@@ -318,17 +320,17 @@ def _flatten(block: torch.Tensor, mapped: bool, size: int, inner: int | None) ->
 
 
 def _compiled_vjp(
-    operation: Operation, blocks: Sequence[torch.Tensor], outputs: Outputs, v: Cotangents
+    operation: Operation, blocks: Sequence[torch.Tensor], outputs: Outputs, v: Cotangents, envelope: bool
 ) -> list[torch.Tensor]:
     """On the samples that have a derivative; masked ones get zero, failed ones NaN."""
     scale = outputs.gradient_scale.numpy()
     good = np.flatnonzero(scale == 1)
     linearisation = operation.linearisation(good)
     if len(good) == len(scale):
-        return [torch.from_numpy(gradient) for gradient in linearisation.vjp(v)]
+        return [torch.from_numpy(gradient) for gradient in linearisation.vjp(v, envelope)]
     picked = Cotangents(*(getattr(v, name)[good] for name in ("z", "y", "lower", "upper", "objective")))
     results = []
-    for gradient, block in zip(linearisation.vjp(picked), blocks, strict=True):
+    for gradient, block in zip(linearisation.vjp(picked, envelope), blocks, strict=True):
         if block.dim() == 1:
             failed = 0.0 if np.isfinite(scale).all() else np.nan
             results.append(torch.from_numpy(gradient + failed))
@@ -337,12 +339,6 @@ def _compiled_vjp(
             whole[good] = gradient
             results.append(torch.from_numpy(whole))
     return results
-
-
-def _differentiable_vjp(
-    operation: Operation, blocks: Sequence[torch.Tensor], outputs: Outputs, v: Cotangents
-) -> list[torch.Tensor]:
-    return _torch_linearisation(operation, blocks, outputs).vjp(v, outputs.gradient_scale)
 
 
 def _torch_linearisation(
@@ -376,6 +372,7 @@ def _without_failures(
         return torch.where(shaped, values, values.index_select(0, stand_in))
 
     kept = {
-        name: replaced(getattr(outputs, name)) for name in ("z", "y", "lower", "upper", "pieces", "singular")
+        name: replaced(getattr(outputs, name))
+        for name in ("z", "y", "lower", "upper", "pieces", "sides", "weak", "singular")
     }
     return [replaced(b) if b.dim() == 2 else b for b in blocks], outputs._replace(**kept)

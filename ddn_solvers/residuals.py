@@ -164,6 +164,13 @@ class Evaluation:
             return np.zeros_like(self.point.pieces)
         return self._in_group(self.functions.kink_weights(self.point.z, self.inputs, self.point.y), np.add)
 
+    @cached_property
+    def kink_directions(self) -> Array:
+        """r / |r| of vectors and 1 of numbers, whose sigma is a sign, (B, k)."""
+        length = np.sqrt(self._in_group(self.kink_residuals**2, np.add))
+        vectors: Array = self.kink_residuals / np.maximum(length, _TINY)
+        return np.where(self.program.numbers, 1.0, vectors)
+
     @property
     def scaled_kink_weights(self) -> Array:
         return self.kink_weights * self._kink_norms / self.force
@@ -176,14 +183,17 @@ class Evaluation:
     @cached_property
     def idle_kinks(self) -> Any:
         """Kinks that nothing depends on here or nearby, such as those of entries that a maximum passes over."""
-        idle = np.abs(self.scaled_kink_weights) <= _ROUNDING
+        strength = np.abs(self.kink_weights * self._kink_norms)
+        # Curvature does not count: that of a norm has no limit at its zero.
+        unit = np.maximum(_largest(self.first.gradient), _largest(strength))[:, None]
+        idle = strength <= _ROUNDING * unit
         if not idle.any():
             return idle
         *parameters, sigma, tau = self.inputs
         there = self.point.z + 1e-3 * self.size * _direction(self.point.z.shape[1])
         weights = self.functions.kink_weights(there, (*parameters, sigma, tau + 1e-3), self.point.y)
         forces = np.abs(self._in_group(weights, np.add) * self._kink_norms)
-        return idle & (forces <= _ROUNDING * self.force)
+        return idle & (forces <= _ROUNDING * np.where(unit > 0, unit, 1.0))
 
     @cached_property
     def _kink_slack(self) -> Array:

@@ -141,7 +141,7 @@ class Sensitivity:
             SensitivityError: The policy refuses this derivative.
         """
         flat = {name: self._flat_cotangent(name, value) for name, value in cotangents.items()}
-        gradients = self._linearisation().vjp(self._cotangents(flat))
+        gradients = self._linearisation().vjp(self._cotangents(flat), envelope=set(flat) <= {"objective"})
         result = {}
         for name, gradient in zip(self.program.problem.parameters, gradients, strict=False):
             shape, value = self.program.problem.parameters[name], self.parameters[name]

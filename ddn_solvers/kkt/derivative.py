@@ -134,11 +134,16 @@ class Linearisation:
         found: Mask = kkt_system(self.evaluation, without).singular.numpy()
         return found
 
-    def vjp(self, v: Cotangents) -> list[Array]:
-        """Gradient by parameter block, (B, size) or, for a shared block, summed, (size,)."""
+    def vjp(self, v: Cotangents, envelope: bool = False) -> list[Array]:
+        """Gradient by parameter block, (B, size) or, for a shared block, summed, (size,).
+
+        Args:
+            v: The cotangents.
+            envelope: Only that of the objective is there: by the envelope theorem nothing is solved.
+        """
         point, here = self.evaluation.point, self._at
         at = Multipliers(*(torch.from_numpy(a) for a in (point.y, point.lower, point.upper)))
-        a = weights(self.conditions, v, at)
+        a = weights(() if envelope else self.conditions, v, at)
         arrays = [t.numpy() for t in (*vars(a).values(), v.objective.unsqueeze(-1))]
         return here.functions.adjoint(point.z, here.inputs, here.point.y, *arrays)
 
@@ -205,24 +210,27 @@ class TorchLinearisation:
         self.pieces, self._y = pieces, at.y
         # A declared block is 1-d when shared and 2-d in a batch; captured ones likewise.
         self._dims = [0 if p.dim() == 2 else None for p in self.parameters]
-        masks = active_masks(sides, weak, program.smooth.rows, z.shape[-1], policy)
-        options = _options(policy) | {"any_singular": any_singular, "transformed": True}
-        pair = self._smoothed(policy.smoothing) if policy.smoothing else None
-        hessian = self._map(torch.func.jacrev(self._gradient))(z, self._y, pieces, *self.parameters)
-        jacobian = self._map(torch.func.jacrev(self._constraints))(z, self._y, pieces, *self.parameters)
-        if pair is not None:
-            options |= {"singular": singular[..., 0]}
-            rows = masks[0][1][0]
-            smooth = smoothed_conditions(hessian, jacobian, pair, rows, program.equality.size, **options)
-            self.conditions: Weighted = [(1.0, smooth)]
-            return
-        with_weak, without = singular.unbind(-1)
-        of_choice = {"inactive": [without], "mean": [with_weak, without]}.get(
-            policy.weakly_active, [with_weak]
-        )
-        self.conditions = [
+        self._masks = active_masks(sides, weak, program.smooth.rows, z.shape[-1], policy)
+        self._policy, self._singular, self._any_singular = policy, singular, any_singular
+        self._pair = self._smoothed(policy.smoothing) if policy.smoothing else None
+
+    @cached_property
+    def conditions(self) -> Weighted:
+        """As those of ``Linearisation``."""
+        options = _options(self._policy) | {"any_singular": self._any_singular, "transformed": True}
+        at = (self.z, self._y, self.pieces, *self.parameters)
+        hessian = self._map(torch.func.jacrev(self._gradient))(*at)
+        jacobian = self._map(torch.func.jacrev(self._constraints))(*at)
+        with_weak, without = self._singular.unbind(-1)
+        if self._pair is not None:
+            options |= {"singular": with_weak}
+            rows, equalities = self._masks[0][1][0], self.program.equality.size
+            return [(1.0, smoothed_conditions(hessian, jacobian, self._pair, rows, equalities, **options))]
+        of_choice = {"inactive": [without], "mean": [with_weak, without]}
+        found = of_choice.get(self._policy.weakly_active, [with_weak])
+        return [
             (weight, _active(hessian, jacobian, choice, options | {"singular": which}))
-            for (weight, choice), which in zip(masks, of_choice, strict=True)
+            for (weight, choice), which in zip(self._masks, found, strict=True)
         ]
 
     def _smoothed(self, tau: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -240,10 +248,11 @@ class TorchLinearisation:
         self._y = torch.cat([at.y[..., :m], mine, at.y[..., self.program.constraints :]], dim=-1)
         return pair
 
-    def vjp(self, v: Cotangents, scale: torch.Tensor) -> list[torch.Tensor]:
+    def vjp(self, v: Cotangents, scale: torch.Tensor, envelope: bool = False) -> list[torch.Tensor]:
         """As ``Linearisation.vjp``; ``scale`` (B,) is 1, or what replaces the gradient of a sample (0, NaN)."""
         zero = Cotangents(*(torch.where(_rows(scale, t) == 1, t, 0.0) for t in vars(v).values()))
-        a, e = weights(self.conditions, zero, self.at), zero.objective.unsqueeze(-1)
+        a = weights(() if envelope else self.conditions, zero, self.at)
+        e = zero.objective.unsqueeze(-1)
 
         def total(z: torch.Tensor, y: torch.Tensor, sigma: torch.Tensor, *rest: Any) -> torch.Tensor:
             (w, s, sl, su, e), p = rest[:5], rest[5:]

@@ -40,22 +40,22 @@ def least_squares_multipliers(program: Program, bound: Bound, z: Array) -> Prima
     return _fitted(evaluation, near, np.ones(program.equality.size, dtype=bool))
 
 
-def without_cancellation(program: Program, bound: Bound, point: PrimalDual) -> PrimalDual:
+def without_cancellation(evaluation: Evaluation) -> Evaluation:
     """The points; where multipliers exceed every force by far and cancel each other, with those of least squares.
 
     Some backends let the multipliers of dependent rows grow without limit. Their rounding would hide whatever is
     wrong with the point.
     """
-    evaluation = Evaluation.at(program, bound, point)
+    program, bound, point = evaluation.program, evaluation.bound, evaluation.point
     forces = np.abs(point.y) * evaluation.row_norms / evaluation.force
     huge = np.flatnonzero(forces.max(axis=1, initial=0.0) > _CANCELLING)
     if not huge.size:
-        return point
+        return evaluation
     found = least_squares_multipliers(program, bound.take(huge), point.z[huge])
     point = PrimalDual(**{name: values.copy() for name, values in vars(point).items()})
     for k, i in enumerate(huge):
         point.put(int(i), found, k)
-    return point
+    return Evaluation.at(program, bound, point)
 
 
 def with_kink_forces(program: Program, bound: Bound, point: PrimalDual) -> PrimalDual:
@@ -92,7 +92,11 @@ def _fitted(evaluation: Evaluation, near: Mask, equality: Mask) -> PrimalDual:
         columns = np.concatenate(
             [evaluation.jacobian[i, free], evaluation.jacobian[i, signed], -identity[lower], identity[upper]]
         ).T
-        solution = _signed_least_squares(columns, -evaluation.stationarity[i], len(free))
+        norms = np.linalg.norm(columns, axis=0)
+        unit = np.where(norms > 0, 1 / np.where(norms > 0, norms, 1.0), 1.0)
+        weights = evaluation.kink_weights[i, kink]  # by which kinks that depend on each other share a force
+        unit[len(free) - len(kink) : len(free)] = np.where(weights > 0, weights, 1.0)
+        solution = unit * _signed_least_squares(columns * unit, -evaluation.stationarity[i], len(free))
         cuts = np.cumsum([len(free), len(inequality), len(lower)])
         y[i, free], y[i, signed], bounds[0][i, lower], bounds[1][i, upper] = np.split(solution, cuts)
     return replace(point, y=y, lower=bounds[0], upper=bounds[1])
@@ -102,16 +106,13 @@ def _signed_least_squares(columns: Array, target: Array, free: int) -> Array:
     """min |columns y - target| with y >= 0 from entry ``free`` on."""
     if columns.shape[1] == 0 or not np.isfinite(columns).all() or not np.isfinite(target).all():
         return np.zeros(columns.shape[1])
-    norms = np.linalg.norm(columns, axis=0)
-    norms[norms == 0] = 1.0
-    solution = np.linalg.lstsq(columns / norms, target, rcond=None)[0]
+    solution = np.asarray(np.linalg.lstsq(columns, target, rcond=None)[0], dtype=float)
     if (solution[free:] < 0).any():
         from scipy.optimize import lsq_linear  # costs a quarter of a second to import
 
         lowest = np.where(np.arange(len(solution)) < free, -np.inf, 0.0)
-        solution = lsq_linear(columns / norms, target, (lowest, np.inf), method="bvls").x
-    result: Array = solution / norms
-    return result
+        solution = lsq_linear(columns, target, (lowest, np.inf), method="bvls").x
+    return solution
 
 
 @dataclass(frozen=True)
@@ -121,14 +122,16 @@ class _ActiveRows:
     Attributes:
         columns: Their gradients, (n, rows).
         known: Their multipliers, (rows,).
-        signed: Which of those are nonnegative, (rows,).
+        limits: Between which numbers each of those lies, (2, rows): none for equalities, >= 0, |mu| <= w.
+        unit: In which each is measured, (rows,): the weight of a kink, so that kinks share a force by it.
         free: Directions in which the multipliers are not determined, (rows, d).
     """
 
     index: tuple[Index, Index, Index]  # of c, lower bounds, upper bounds
     columns: Array
     known: Array
-    signed: Mask
+    limits: Array
+    unit: Array
     free: Array
 
     @staticmethod
@@ -137,13 +140,21 @@ class _ActiveRows:
         rows, left, right = (np.flatnonzero(m[i]) for m in (active.constraints, active.lower, active.upper))
         columns = np.concatenate([evaluation.jacobian[i, rows], -identity[left], identity[right]]).T
         known = np.concatenate([point.y[i, rows], point.lower[i, left], point.upper[i, right]])
-        inequality = (rows >= active.equalities) & (rows < evaluation.program.constraints)
-        signed = np.concatenate([inequality, np.ones(len(left) + len(right), dtype=bool)])
+        m = evaluation.program.constraints
+        weights = np.abs(evaluation.kink_weights[i, rows[rows >= m] - m])
+        free, kink = (rows < active.equalities).sum(), len(weights)
+        least = np.concatenate([np.full(free, -np.inf), np.zeros(len(rows) - free - kink), -weights])
+        most = np.concatenate([np.full(len(rows) - kink, np.inf), weights])
+        bounds = np.zeros(len(left) + len(right))
+        limits = np.stack([np.concatenate([least, bounds]), np.concatenate([most, bounds + np.inf])])
+        unit = np.ones(len(known))
+        unit[len(rows) - kink : len(rows)] = np.where(weights > 0, weights, 1.0)
         norms = np.linalg.norm(columns, axis=0)
-        unit = np.where(norms > 0, norms, 1.0)
-        _, singular, rotated = np.linalg.svd(columns / unit)
+        norms = np.where(norms > 0, norms, 1.0)
+        _, singular, rotated = np.linalg.svd(columns / norms)
         rank = int((singular > DEPENDENT * singular.max(initial=0.0)).sum())
-        return _ActiveRows((rows, left, right), columns, known, signed, rotated[rank:].T / unit[:, None])
+        free_directions = rotated[rank:].T / norms[:, None]
+        return _ActiveRows((rows, left, right), columns, known, limits, unit, free_directions)
 
     def put(self, point: PrimalDual, i: int, values: Array) -> None:
         """Write multipliers into sample ``i`` of a point."""
@@ -167,8 +178,11 @@ class _ActiveRows:
         """Multipliers that maximise ``gain`` (d,) along ``free``; ``None`` if there is no limit."""
         from scipy.optimize import linprog  # a quarter of a second to import, needed here only
 
-        limits = np.maximum(self.known[self.signed], 0)
-        found = linprog(-gain, -self.free[self.signed], limits, bounds=(None, None))
+        least, most = self.limits
+        below, above = np.isfinite(least), np.isfinite(most)
+        rows = np.concatenate([-self.free[below], self.free[above]])
+        room = np.concatenate([(self.known - least)[below], (most - self.known)[above]])
+        found = linprog(-gain, rows, np.maximum(room, 0), bounds=(None, None))
         return self.known + self.free @ found.x if found.status == 0 else None
 
 
@@ -219,9 +233,8 @@ def steepest_multipliers(
     rows = _ActiveRows.of(evaluation, active, 0)
     c, left, right = rows.index
     change = np.concatenate([dc[c], lower[left], -upper[right]]) @ rows.free
-    curved = (
-        rows.bends(evaluation, 0, bent.null[0]) @ rows.free
-    )  # decides between those that are equally steep
+    # Curvature decides between those that are equally steep.
+    curved = rows.bends(evaluation, 0, bent.null[0]) @ rows.free
     size = np.abs(curved).max(initial=0.0)
     if size > 0:
         change = change + 1e-7 * max(np.abs(change).max(), 1e-300) * curved / size
@@ -242,21 +255,23 @@ def _of_binding_curvature(rows: _ActiveRows, bends: Array) -> Array:
         if binding is not None:  # otherwise the curvature has no limit, and nothing can be chosen by it
             fixed = np.concatenate([fixed, bends[None] * np.abs(fixed).max() / largest])
             known = binding
-    return _minimum_norm(fixed, known, rows.signed)
+    return rows.unit * _minimum_norm(fixed * rows.unit, known / rows.unit, *(rows.limits / rows.unit))
 
 
-def _minimum_norm(fixed: Array, known: Array, signed: Mask) -> Array:
-    """y of minimum norm with fixed y = fixed known and y >= 0 where signed; ``known`` where that is not found."""
-    target, zero = fixed @ known, np.zeros(len(known), dtype=bool)
+def _minimum_norm(fixed: Array, known: Array, least: Array, most: Array) -> Array:
+    """y of minimum norm, least <= y <= most, with fixed y = fixed known; ``known`` where that is not found."""
+    target, held = fixed @ known, np.full(len(known), np.nan)  # entries that are held at a limit
+    enough = 1e-9 * max(np.abs(target).max(initial=0.0), 1e-300)
     for _ in known:
-        y = np.linalg.lstsq(np.where(zero, 0.0, fixed), target, rcond=DEPENDENT)[0]
-        scale = np.abs(y).max(initial=0.0)
-        if not np.allclose(
-            fixed @ y, target, rtol=0, atol=1e-9 * max(np.abs(target).max(initial=0.0), 1e-300)
-        ):
+        loose = np.isnan(held)
+        there = np.where(loose, 0.0, held)
+        step = np.linalg.lstsq(np.where(loose, fixed, 0.0), target - fixed @ there, rcond=DEPENDENT)[0]
+        y = np.where(loose, step, held)
+        if not np.allclose(fixed @ y, target, rtol=0, atol=enough):
             return known
-        negative = signed & (y < -_ZERO * scale)
-        if not negative.any():
-            return np.where(signed, np.maximum(y, 0), y)
-        zero |= negative
+        margin = _ZERO * np.abs(y).max(initial=0.0)
+        outside = loose & ((y < least - margin) | (y > most + margin))
+        if not outside.any():
+            return np.clip(y, least, most)
+        held = np.where(outside, np.clip(y, least, most), held)
     return known
