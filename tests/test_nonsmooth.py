@@ -1,0 +1,609 @@
+"""Solutions on kinks: exact derivatives of the manifold, Clarke's on request, certificates that say so."""
+
+import warnings
+
+import cvxpy as cp
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.func import jacrev
+
+import ddn_solvers as ddn
+
+D = torch.float64
+N = 20
+SOLVERS = ("cvxpy:CLARABEL", "casadi:ipopt", "scipy:SLSQP")
+on_all = pytest.mark.parametrize("solver", SOLVERS)
+
+
+def rand(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=D)
+
+
+def number(value):
+    return torch.tensor(value, dtype=D)
+
+
+def close(found, expected, tolerance=1e-9):
+    """To a tolerance relative to the largest entry, at least 1."""
+    scale = max(1.0, float(expected.detach().abs().max()))
+    torch.testing.assert_close(found.detach(), expected.detach(), rtol=0, atol=tolerance * scale)
+
+
+def leaves(parameters):
+    return {name: value.detach().clone().requires_grad_() for name, value in parameters.items()}
+
+
+def quietly(function):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ddn.DegeneracyWarning)
+        return function()
+
+
+def check(problem, parameters, formula, solver, initial=None, tolerance=1e-9):
+    """Point and gradient in every parameter equal those of a differentiable formula; both are returned."""
+    ours, theirs = leaves(parameters), leaves(parameters)
+    s = ddn.solve(problem, ours, solver=solver, initial=initial)
+    expected = formula(s["u"].detach(), **theirs)
+    close(s["u"], expected, tolerance)
+    v = rand(*expected.shape, seed=99)
+    keywords = {"allow_unused": True, "materialize_grads": True}
+    found = torch.autograd.grad((s["u"] * v).sum(), list(ours.values()), **keywords)
+    wanted = torch.autograd.grad((expected * v).sum(), list(theirs.values()), **keywords)
+    for a, b in zip(found, wanted, strict=True):
+        close(a, b, tolerance)
+    assert s.certificate.ok.all()
+    assert (s.residuals.stationarity < 1e-8).all()
+    return s
+
+
+def half_squares(u, x):
+    return 0.5 * (u - x).square().sum()
+
+
+# -- regression with an L1 norm -------------------------------------------------------------------------------------
+
+SOFT = ddn.Problem({"u": (N,)}, {"x": (N,), "t": ()}, lambda u, x, t: half_squares(u, x) + t * u.abs().sum())
+
+
+def soft_threshold(_, x, t):
+    return x.sign() * (x.abs() - t).relu()
+
+
+@pytest.mark.parametrize("solver", [*SOLVERS, "cvxpy:OSQP", "auto"])
+def test_lasso_with_an_orthogonal_design_is_the_soft_threshold(solver):
+    s = check(SOFT, {"x": rand(N, seed=1), "t": number(0.7)}, soft_threshold, solver)
+    assert 3 < int((s["u"].abs() < 1e-12).sum()) < N - 3
+
+
+LASSO = ddn.Problem(
+    {"u": (N,)},
+    {"A": (30, N), "b": (30,), "t": ()},
+    lambda u, A, b, t: 0.5 * (A @ u - b).square().sum() + t * u.abs().sum(),
+)
+LASSO_AT = {"A": rand(30, N, seed=2), "b": 3 * rand(30, seed=3), "t": number(9.0)}
+
+
+def lasso(u, A, b, t):
+    """On the support S with its signs: A_S^T (A_S u_S - b) + t sign = 0."""
+    on = torch.nonzero(u.abs() > 1e-9)[:, 0]
+    part = A[:, on]
+    return torch.zeros(N, dtype=D).index_put(
+        (on,), torch.linalg.solve(part.T @ part, part.T @ b - t * u[on].sign())
+    )
+
+
+@on_all
+def test_lasso_with_a_general_design(solver):
+    s = check(LASSO, LASSO_AT, lasso, solver)
+    assert 3 < int((s["u"].abs() < 1e-12).sum()) < N - 3
+
+
+@on_all
+def test_lasso_within_a_plane(solver):
+    """A smooth constraint beside the kinks."""
+    problem = ddn.Problem(
+        {"u": (N,)}, {"x": (N,), "t": (), "d": ()}, lambda u, x, t: half_squares(u, x) + t * u.abs().sum(),
+        {"plane": lambda u, d: u.sum() - d},
+    )  # fmt: skip
+
+    def formula(u, x, t, d):
+        on = (u.abs() > 1e-9).to(D)
+        free = on * (x - t * u.sign())
+        return free - on * (free.sum() - d) / on.sum()
+
+    s = check(problem, {"x": rand(N, seed=4), "t": number(0.8), "d": number(1.0)}, formula, solver)
+    assert 3 < int((s["u"].abs() < 1e-12).sum()) < N - 3
+
+
+@on_all
+def test_second_derivatives_with_kinks(solver):
+    """Double backward against the active-set formula, in the design, the data and the weight."""
+
+    def second(solve):
+        p = leaves(LASSO_AT)
+        u = solve(p)
+        first = torch.autograd.grad(u.pow(3).sum(), list(p.values()), create_graph=True)
+        inner = sum((g * rand(*g.shape, seed=50 + i)).sum() for i, g in enumerate(first))
+        return torch.autograd.grad(inner, list(p.values()))
+
+    u = ddn.solve(LASSO, LASSO_AT)["u"]
+    found = second(lambda p: ddn.solve(LASSO, p, solver=solver)["u"])
+    for a, b in zip(found, second(lambda p: lasso(u, **p)), strict=True):
+        close(a, b, 1e-8)
+
+
+def test_gradcheck_and_gradgradcheck_with_kinks():
+    problem = ddn.Problem(
+        {"u": (N,)},
+        {"x": (N,), "t": ()},
+        lambda u, x, t: half_squares(u, x) + 0.1 * torch.exp(u - x).sum() + t * u.abs().sum(),
+        inequality={"ball": lambda u: u.square().sum() - 2},
+    )
+    x, t = rand(N, seed=5).requires_grad_(), number(0.6).requires_grad_()
+
+    def outputs(x, t):
+        s = ddn.solve(problem, {"x": x, "t": t}, solver="casadi:ipopt")
+        return s["u"], s.dual.inequality["ball"], s.objective
+
+    u = outputs(x, t)[0]
+    assert 3 < int((u.abs() < 1e-12).sum()) < N - 3
+    assert torch.autograd.gradcheck(outputs, (x, t))
+    assert torch.autograd.gradgradcheck(outputs, (x, t))
+
+
+# -- classics -------------------------------------------------------------------------------------------------------
+
+VARIATION = ddn.Problem(
+    {"u": (N,)}, {"x": (N,), "t": ()}, lambda u, x, t: half_squares(u, x) + t * (u[1:] - u[:-1]).abs().sum()
+)
+STEPS = torch.cat([torch.full((7,), 1.0, dtype=D), torch.full((8,), -1.0, dtype=D), torch.full((5,), 0.5, dtype=D)])  # fmt: skip
+NOISY = {"x": STEPS + 0.3 * rand(N, seed=6), "t": number(0.4)}
+
+
+def variation(u, x, t):
+    """Runs of equal values: their mean, moved by t at each jump."""
+    jumps = u[1:] - u[:-1]
+    sign = torch.where(jumps.abs() > 1e-9, jumps.sign(), torch.zeros_like(jumps))
+    zero = torch.zeros(1, dtype=D)
+    force = torch.cat([sign, zero]) - torch.cat([zero, sign])
+    run = torch.cat([zero, (sign != 0).to(D).cumsum(0)])
+    same = (run[:, None] == run[None, :]).to(D)
+    return (same / same.sum(1, keepdim=True)) @ (x + t * force)
+
+
+@pytest.mark.parametrize("solver", [*SOLVERS, "cvxpy:OSQP"])
+def test_total_variation(solver):
+    s = check(VARIATION, NOISY, variation, solver)
+    assert 2 < int(((s["u"][1:] - s["u"][:-1]).abs() > 1e-9).sum()) < N - 5
+
+
+def test_total_variation_equals_differences_of_re_solves_by_cvxpy():
+    u, x = cp.Variable(N), cp.Parameter(N)
+    other = cp.Problem(cp.Minimize(cp.sum_squares(u - x) / 2 + 0.4 * cp.norm1(cp.diff(u))))
+    p = leaves(NOISY)
+    v = rand(N, seed=7)
+    (found,) = torch.autograd.grad(ddn.solve(VARIATION, p)["u"] @ v, p["x"])
+    for j in range(0, N, 3):
+        values = []
+        for sign in (1, -1):
+            x.value = NOISY["x"].numpy() + sign * 1e-3 * np.eye(N)[j]
+            other.solve(solver="CLARABEL", tol_gap_abs=1e-11, tol_gap_rel=1e-11, tol_feas=1e-11)
+            values.append(float(v.numpy() @ u.value))
+        assert abs(found[j] - (values[0] - values[1]) / 2e-3) < 1e-5
+
+
+POINTS = 30
+LABELS = torch.where(torch.arange(POINTS) % 2 == 0, 1.0, -1.0).to(D)
+HINGE = ddn.Problem(
+    {"u": (6,)},
+    {"X": (POINTS, 5), "C": ()},
+    lambda u, X, C: 0.5 * u[:5].square().sum() + C * torch.relu(1 - LABELS * (X @ u[:5] + u[5])).sum(),
+)
+
+
+def hinge(u, X, C):
+    """Points within the margin push with C, those on it with alpha: a linear system for w, b and alpha."""
+    rows = LABELS[:, None] * torch.cat([X, torch.ones(POINTS, 1, dtype=D)], 1)
+    margin = rows.detach() @ u - 1
+    on, inside = margin.abs() < 1e-8, margin < -1e-8
+    held, k = rows[on], int(on.sum())
+    norm = torch.diag(torch.tensor([1.0] * 5 + [0.0], dtype=D))
+    K = torch.cat([torch.cat([norm, -held.T], 1), torch.cat([held, torch.zeros(k, k, dtype=D)], 1)])
+    return torch.linalg.solve(K, torch.cat([C * rows[inside].sum(0), torch.ones(k, dtype=D)]))[:6]
+
+
+@on_all
+def test_support_vector_machine(solver):
+    X = rand(POINTS, 5, seed=8) + 0.7 * LABELS[:, None]
+    s = check(HINGE, {"X": X, "C": number(1.3)}, hinge, solver)
+    margin = LABELS * (X @ s["u"][:5] + s["u"][5]) - 1
+    assert (margin.abs() < 1e-9).any()
+    assert (margin < -1e-3).any()
+
+
+QUANTILE = ddn.Problem(
+    {"u": (4,)},
+    {"X": (25, 4), "b": (25,), "q": ()},
+    lambda u, X, b, q: (q * torch.relu(b - X @ u) + (1 - q) * torch.relu(X @ u - b)).sum(),
+)
+
+
+def quantile(u, X, b, q):
+    """As many residuals vanish as there are coefficients."""
+    on = torch.argsort((X.detach() @ u - b.detach()).abs())[:4]
+    return torch.linalg.solve(X[on], b[on]) + 0 * q
+
+
+@on_all
+def test_quantile_regression(solver):
+    X = torch.cat([torch.ones(25, 1, dtype=D), rand(25, 3, seed=9)], 1)
+    b = X @ rand(4, seed=10) + rand(25, seed=11)
+    check(QUANTILE, {"X": X, "b": b, "q": number(0.3)}, quantile, solver)
+
+
+GROUPS = ddn.Problem(
+    {"u": (N,)},
+    {"x": (N,), "t": ()},
+    lambda u, x, t: half_squares(u, x) + t * torch.linalg.vector_norm(u.reshape(5, 4), dim=1).sum(),
+)
+
+
+def shrink_groups(_, x, t):
+    groups = x.reshape(5, 4)
+    return (groups * (1 - t / groups.norm(dim=1, keepdim=True)).relu()).reshape(N)
+
+
+@on_all
+def test_group_lasso(solver):
+    """Norms at zero, beside norms that are not."""
+    x = rand(N, seed=12) * torch.tensor([0.2, 1.5, 0.3, 1.0, 2.0], dtype=D).repeat_interleave(4)
+    s = check(GROUPS, {"x": x, "t": number(1.1)}, shrink_groups, solver)
+    assert (s["u"].reshape(5, 4).abs().amax(1) < 1e-12).sum() == 2
+
+
+# -- every operation with a kink: proximal operators in closed form ------------------------------------------------------
+
+
+def simplex(x, size):
+    ordered, _ = x.sort(descending=True)
+    threshold = (ordered.cumsum(0) - size) / torch.arange(1, len(x) + 1, dtype=D)
+    return (x - threshold[int((ordered > threshold).sum()) - 1]).relu()
+
+
+def l1_ball(x, r):
+    return x.sign() * simplex(x.abs(), r) if x.detach().abs().sum() > r else x + 0 * r
+
+
+CENTRE = 0.3 * rand(N, seed=13)
+OPERATIONS = {
+    # name: (term, proximal operator of t * term)
+    "abs": (lambda u: u.abs().sum(), soft_threshold),
+    "relu": (lambda u: torch.relu(u).sum(), lambda _, x, t: x - torch.minimum(x.relu(), t)),
+    "clamp-min": (lambda u: u.clamp(min=0.2).sum(), lambda _, x, t: x - torch.minimum((x - 0.2).relu(), t)),
+    "clamp-max": (lambda u: -u.clamp(max=-0.1).sum(), lambda _, x, t: x + torch.minimum((-0.1 - x).relu(), t)),
+    "maximum": (
+        lambda u: torch.maximum(u, CENTRE).sum(), lambda _, x, t: x - torch.minimum((x - CENTRE).relu(), t),
+    ),
+    "minimum": (
+        lambda u: -torch.minimum(u, CENTRE).sum(), lambda _, x, t: x + torch.minimum((CENTRE - x).relu(), t),
+    ),
+    "leaky-relu": (
+        lambda u: F.leaky_relu(u, 0.1).sum(),
+        lambda _, x, t: torch.where(x < 0.1 * t, x - 0.1 * t, (x - t).relu()),
+    ),
+    "l1-loss": (
+        lambda u: F.l1_loss(u, CENTRE, reduction="sum"), lambda _, x, t: CENTRE + soft_threshold(_, x - CENTRE, t),
+    ),
+    "hinge": (lambda u: torch.relu(1 - u).sum(), lambda _, x, t: x + torch.minimum((1 - x).relu(), t)),
+    "amax": (lambda u: u.amax(), lambda _, x, t: x - simplex(x, t)),
+    "max": (lambda u: u.max(), lambda _, x, t: x - simplex(x, t)),
+    "max-over-a-dimension": (
+        lambda u: u.reshape(2, N // 2).max(dim=1).values.sum(),
+        lambda _, x, t: x - torch.cat([simplex(x[: N // 2], t), simplex(x[N // 2 :], t)]),
+    ),
+    "amin": (lambda u: -u.amin(), lambda _, x, t: x + simplex(-x, t)),
+    "min": (lambda u: -u.min(), lambda _, x, t: x + simplex(-x, t)),
+    "norm-1": (lambda u: torch.linalg.vector_norm(u, 1), soft_threshold),
+    "norm-2-at-zero": (
+        lambda u: 20 * torch.linalg.vector_norm(u), lambda _, x, t: x * (1 - 20 * t / x.norm()).relu(),
+    ),
+    "norm-inf": (lambda u: torch.linalg.vector_norm(u, float("inf")), lambda _, x, t: x - l1_ball(x, t)),
+    # kinks within kinks
+    "insensitive-loss": (
+        lambda u: torch.relu(u.abs() - 0.3).sum(),
+        lambda _, x, t: x - x.sign() * torch.minimum((x.abs() - 0.3).relu(), t),
+    ),
+    "max-of-a-norm-and-a-number": (
+        lambda u: torch.maximum(u.abs(), 0.5 * u.abs() + 0.2).sum(),  # slope 1/2 below |u| = 0.4, 1 above
+        lambda _, x, t: x.sign() * torch.where(
+            x.abs() < 0.4 + 0.5 * t, (x.abs() - 0.5 * t).relu(), torch.maximum(x.abs() - t, torch.full_like(x, 0.4))
+        ),
+    ),
+    "largest-hinge": (lambda u: torch.relu(u.amax() - 0.2), None),
+}  # fmt: skip
+
+
+def largest_hinge(_, x, t):
+    """Either the mean pull of amax, or everything above 0.2 held there, or nothing."""
+    pulled = x - simplex(x, t)
+    return pulled if pulled.detach().max() > 0.2 else torch.minimum(x, torch.full_like(x, 0.2)) + 0 * t
+
+
+@on_all
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operations(name, solver):
+    """argmin 1/2 |u - x|^2 + t * term(u): the proximal operator, with some entries on the kink."""
+    term, proximal = OPERATIONS[name]
+    problem = ddn.Problem({"u": (N,)}, {"x": (N,), "t": ()}, lambda u, x, t: half_squares(u, x) + t * term(u))
+    given = {"x": rand(N, seed=14), "t": number(0.7)}
+    check(problem, given, proximal or largest_hinge, solver)
+
+
+@pytest.mark.parametrize("solver", ["casadi:ipopt", "scipy:SLSQP"])
+def test_a_nonconvex_operation_at_its_convex_kink(solver):
+    """clamp(u, -1, 1) bends upwards at -1: entries of x between -1 and -1 + t end there."""
+    problem = ddn.Problem(
+        {"u": (N,)},
+        {"x": (N,), "t": ()},
+        lambda u, x, t: half_squares(u, x) + t * u.clamp(-1, 1).sum(),
+    )
+    x = torch.linspace(-1.6, -0.2, N, dtype=D)
+
+    def formula(_, x, t):
+        return torch.where(x < -1, x, torch.maximum(x - t, torch.full_like(x, -1.0)))
+
+    check(problem, {"x": x, "t": number(0.5)}, formula, solver, initial=x)
+
+
+# -- kinks in constraints: the paper's projections ---------------------------------------------------------------------
+
+
+def projection(order, kind):
+    """Onto |u|_order = r or <= r."""
+
+    def norm(u, r):
+        return torch.linalg.vector_norm(u, order) - r
+
+    return ddn.Problem({"u": (N,)}, {"x": (N,), "r": ()}, half_squares, **{kind: {"norm": norm}})
+
+
+def project(order, x, r):
+    if order == 1:
+        return x.sign() * simplex(x.abs(), r)
+    return r * x / x.norm() if order == 2 else torch.maximum(torch.minimum(x, r), -r)
+
+
+ORDERS = {"L1": (1, 5.0), "L2": (2, 1.5), "Linf": (float("inf"), 0.9)}
+
+
+def paper(name, y):
+    """The paper's Dy and Dzy on a sphere, from its table in section 5."""
+    a = y.sign() * (y.abs() > 1e-9) if name == "L1" else y.sign() * (y.abs() > y.abs().max() - 1e-9)
+    Dy = torch.eye(N, dtype=D) - torch.outer(a, a) / a.square().sum()
+    if name == "L1":
+        return Dy, a.abs().diag() - torch.outer(a, a) / a.square().sum()
+    return Dy, torch.eye(N, dtype=D) - a.abs().diag()
+
+
+@on_all
+@pytest.mark.parametrize("name", ORDERS)
+def test_projection_onto_a_ball_from_outside(name, solver):
+    order, radius = ORDERS[name]
+    given = {"x": rand(N, seed=15), "r": number(radius)}
+    s = check(projection(order, "inequality"), given, lambda _, x, r: project(order, x, r), solver)
+    assert s.certificate.active["norm"]
+
+
+@on_all
+@pytest.mark.parametrize("name", ORDERS)
+def test_projection_onto_a_ball_from_inside_is_the_identity(name, solver):
+    order, radius = ORDERS[name]
+    x = rand(N, seed=15)
+    x = 0.5 * radius * x / torch.linalg.vector_norm(x, order)
+    check(projection(order, "inequality"), {"x": x, "r": number(radius)}, lambda _, x, r: x + 0 * r, solver)
+
+
+@pytest.mark.parametrize("solver", ["casadi:ipopt", "scipy:SLSQP"])
+@pytest.mark.parametrize("name", ORDERS)
+def test_projection_onto_a_sphere(name, solver):
+    """Dzy of the paper, and what finite differences give."""
+    order, radius = ORDERS[name]
+    given = {"x": rand(N, seed=15), "r": number(radius)}
+    y = project(order, **given)
+    problem = projection(order, "equality")
+    check(problem, given, lambda _, x, r: project(order, x, r), solver, initial=y + 0.01 * rand(N, seed=16))
+
+
+@pytest.mark.parametrize("name", ["L1", "Linf"])
+@pytest.mark.parametrize("kind", ["equality", "inequality"])
+@pytest.mark.parametrize("nonsmooth", ["manifold", "clarke"])
+def test_the_papers_two_derivatives_of_a_projection(name, kind, nonsmooth):
+    """``"manifold"`` is Dzy, ``"clarke"`` is Dy, through every entry."""
+    order, radius = ORDERS[name]
+    problem, policy = projection(order, kind), ddn.Policy(nonsmooth=nonsmooth)
+    given = {"x": rand(N, seed=15), "r": number(radius)}
+    y = project(order, **given)
+    expected = paper(name, y)[nonsmooth == "manifold"]
+    assert (paper(name, y)[0] - paper(name, y)[1]).abs().max() > 0.4
+    close(ddn.sensitivity(problem, given, y, policy=policy).jacobian("u", "x"), expected)
+    x = given["x"].clone().requires_grad_()
+    for u in (
+        ddn.attach(problem, {**given, "x": x}, y, policy=policy)["u"],
+        ddn.solve(
+            problem,
+            {**given, "x": x},
+            solver="casadi:ipopt",
+            initial=y + 1e-3 * rand(N, seed=17),
+            policy=policy,
+        )["u"],
+    ):
+        close(u, y)
+        found = torch.stack([torch.autograd.grad(u[i], x, retain_graph=True)[0] for i in range(N)])
+        close(found, expected)
+
+
+def test_clarke_of_the_l2_sphere_is_the_same():
+    """No kink, no choice."""
+    order, radius = ORDERS["L2"]
+    given = {"x": rand(N, seed=15), "r": number(radius)}
+    y = project(order, **given)
+    expected = jacrev(lambda x: project(order, x, given["r"]))(given["x"])
+    for nonsmooth in ("manifold", "clarke"):
+        found = ddn.sensitivity(projection(2, "equality"), given, y, policy=ddn.Policy(nonsmooth=nonsmooth))
+        close(found.jacobian("u", "x"), expected)
+
+
+@on_all
+def test_a_largest_entry_as_a_constraint(solver):
+    """amax(u) <= c and a budget of positive parts."""
+    problem = ddn.Problem(
+        {"u": (N,)}, {"x": (N,), "c": ()}, half_squares,
+        inequality={"top": lambda u, c: u.amax() - c},
+    )  # fmt: skip
+    check(problem, {"x": rand(N, seed=18), "c": number(0.4)}, lambda _, x, c: torch.minimum(x, c), solver)
+    budget = ddn.Problem(
+        {"u": (N,)},
+        {"x": (N,), "c": ()},
+        half_squares,
+        inequality={"budget": lambda u, c: torch.relu(u).sum() - c},
+    )
+    given = {"x": rand(N, seed=18), "c": number(2.0)}
+    s = check(budget, given, lambda _, x, c: torch.where(x > 0, simplex(x.relu(), c), x), solver)
+    assert (s["u"].abs() < 1e-12).any()
+
+
+# -- residuals, weak kinks, certificates --------------------------------------------------------------------------------
+
+
+def test_stationarity_is_the_distance_to_the_subdifferential():
+    """0.5 (u - x)^2 + t |u| at u = 0: x in [-t, t] is stationary, |x| - t is the distance otherwise."""
+    problem = ddn.Problem({"u": ()}, {"x": (), "t": ()}, lambda u, x, t: half_squares(u, x) + t * u.abs())
+    zero, t = number(0.0), number(1.0)
+    for x in (-0.9, 0.0, 0.5):
+        found = ddn.sensitivity(problem, {"x": number(x), "t": t}, zero)
+        assert found.certificate.stationarity < 1e-12
+        assert found.certificate.ok
+        close(found.jacobian("u", "x"), zero)
+    for x in (1.3, -1.3):
+        with pytest.raises(ddn.SensitivityError):
+            ddn.sensitivity(problem, {"x": number(x), "t": t}, zero)
+
+
+WEAK = ddn.Problem({"u": (3,)}, {"x": (3,), "t": ()}, lambda u, x, t: half_squares(u, x) + t * u.abs().sum())
+
+
+@on_all
+@pytest.mark.parametrize(
+    ("choice", "share"),
+    [("active", 0.0), ("inactive", 1.0), ("mean", 0.5)],
+    ids=["active", "inactive", "mean"],
+)
+def test_a_subgradient_on_the_boundary_of_its_interval_is_weakly_active(choice, share, solver):
+    """Lasso at exactly the threshold: the kink holds with no force to spare."""
+    x, t = torch.tensor([0.5, 2.0, -0.1], dtype=D, requires_grad=True), number(0.5)
+    s = ddn.solve(WEAK, {"x": x, "t": t}, solver=solver, policy=ddn.Policy(weakly_active=choice))
+    close(s["u"], torch.tensor([0.0, 1.5, 0.0], dtype=D))
+    jacobian = quietly(
+        lambda: torch.stack([torch.autograd.grad(s["u"][i], x, retain_graph=True)[0] for i in range(3)])
+    )
+    close(jacobian, torch.diag(torch.tensor([share, 1.0, 0.0], dtype=D)), 1e-8)
+    c = s.certificate
+    assert c.one_sided
+    assert not c.ok
+    assert not c.strictly_complementary
+    assert c.margin < 1e-8
+
+
+def test_a_weakly_active_kink_raises_on_request():
+    x = torch.tensor([0.5, 2.0, -0.1], dtype=D, requires_grad=True)
+    with pytest.raises(ddn.SensitivityError):
+        ddn.solve(WEAK, {"x": x, "t": number(0.5)}, policy=ddn.Policy(weakly_active="raise"))[
+            "u"
+        ].sum().backward()
+
+
+def test_weak_kinks_in_one_sample_only():
+    x = torch.tensor([[0.5, 2.0, -0.1], [0.7, 2.0, -0.1]], dtype=D, requires_grad=True)
+    s = ddn.solve(WEAK, {"x": x, "t": number(0.5)}, policy=ddn.Policy(weakly_active="mean"))
+    assert s.certificate.ok.tolist() == [False, True]
+    (gradient,) = quietly(lambda: torch.autograd.grad(s["u"].sum(), x))
+    close(gradient, torch.tensor([[0.5, 1.0, 0.0], [1.0, 1.0, 0.0]], dtype=D))
+
+
+def test_the_certificate_names_the_kinks():
+    c = ddn.solve(WEAK, {"x": torch.tensor([0.5, 2.0, -0.1], dtype=D), "t": number(0.5)}).certificate
+    assert "abs" in str(c)
+    line = next(line for line in str(c).splitlines() if "weakly active" in line)
+    assert "abs" in line
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+@on_all
+def test_the_unit_of_the_objective_decides_nothing(scale, solver):
+    problem = ddn.Problem(
+        {"u": (N,)},
+        {"x": (N,), "t": (), "s": ()},
+        lambda u, x, t, s: s * (half_squares(u, x) + t * u.abs().sum()),
+    )
+    given = {"x": rand(N, seed=1), "t": number(0.7), "s": number(scale)}
+    p = leaves(given)
+    s = ddn.solve(problem, p, solver=solver)
+    expected = soft_threshold(None, given["x"], given["t"])
+    close(s["u"], expected)
+    (gradient,) = torch.autograd.grad(s["u"].sum(), p["x"])
+    close(gradient, (expected != 0).to(D))
+    assert s.certificate.ok
+
+
+# -- batches, dtypes, transforms -----------------------------------------------------------------------------------------
+
+
+@on_all
+def test_a_batch_of_different_kink_patterns(solver):
+    given = {"A": LASSO_AT["A"], "b": 3 * rand(6, 30, seed=20), "t": torch.tensor([1e-3, 3, 6, 9, 20, 500], dtype=D)}  # fmt: skip
+    p = leaves(given)
+    s = ddn.solve(LASSO, p, solver=solver)
+    zeros = (s["u"].abs() < 1e-12).sum(-1)
+    assert len(set(zeros.tolist())) >= 5
+    assert zeros[0] == 0
+    assert zeros[-1] == N
+    assert s.certificate.ok.all()
+    v = rand(N, seed=21)
+    found = torch.autograd.grad((s["u"] @ v).sum(), list(p.values()))
+    q = leaves(given)
+    total = sum(lasso(s["u"][i].detach(), q["A"], q["b"][i], q["t"][i]) @ v for i in range(5))
+    expected = torch.autograd.grad(total, list(q.values()))
+    for a, b in zip(found, expected, strict=True):
+        close(a, b)
+    for i in range(6):
+        alone = ddn.solve(LASSO, {"A": given["A"], "b": given["b"][i], "t": given["t"][i]}, solver=solver)
+        close(alone["u"], s["u"][i], 1e-12)
+
+
+def test_transforms_over_kinks():
+    layer = ddn.DeclarativeLayer(SOFT, "casadi:ipopt")
+    x, t = rand(4, N, seed=22), number(0.7)
+    expected = torch.diag_embed((x.abs() > t).to(D))
+    close(torch.func.vmap(torch.func.jacrev(layer), in_dims=(0, None))(x, t), expected)
+    close(layer(x, t), soft_threshold(None, x, t))
+
+
+def test_float32_with_kinks():
+    x, t = rand(N, seed=1).float().requires_grad_(), torch.tensor(0.7)
+    s = ddn.solve(SOFT, {"x": x, "t": t})
+    assert s["u"].dtype == torch.float32
+    (gradient,) = torch.autograd.grad(s["u"].sum(), x)
+    torch.testing.assert_close(gradient, (x.abs() > t).float())
+    assert s.certificate.ok
+
+
+@pytest.mark.parametrize("solver", ["casadi:ipopt", "scipy:SLSQP"])
+def test_smooth_solvers_agree_with_cvxpy_from_any_start(solver):
+    for seed in range(3):
+        given = {"A": rand(30, N, seed=30 + seed), "b": 3 * rand(30, seed=40 + seed), "t": number(8.0)}
+        reference = ddn.solve(LASSO, given, solver="cvxpy:CLARABEL")
+        found = ddn.solve(LASSO, given, solver=solver, initial=rand(N, seed=50 + seed))
+        close(found["u"], reference["u"])
+        close(found.objective, reference.objective)
