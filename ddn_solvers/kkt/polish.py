@@ -50,8 +50,8 @@ class Polished:
 def kkt_system(evaluation: Evaluation, active: ActiveSet, **options: Any) -> System:
     """The KKT system at a batch of points, for the active set ``active``."""
     return System(
-        torch.from_numpy(evaluation.hessian),
-        torch.from_numpy(evaluation.jacobian),
+        evaluation.H,
+        evaluation.J,
         torch.from_numpy(active.constraints),
         torch.from_numpy(active.fixed),
         **options,
