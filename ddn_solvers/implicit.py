@@ -15,12 +15,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from ddn_solvers.active_set import ActiveSet
 from ddn_solvers.arrays import Array, Index
 from ddn_solvers.errors import DegeneracyWarning, SensitivityError, warn_caller
 from ddn_solvers.kkt.derivative import Cotangents, Linearisation, Multipliers, TorchLinearisation, scale_rows
 from ddn_solvers.kkt.verify import Verified, on_chosen_pieces
 from ddn_solvers.policy import Policy
 from ddn_solvers.program import Program
+from ddn_solvers.residuals import Bound, Evaluation, PrimalDual
+from ddn_solvers.solution import Status
 
 
 class Outputs(NamedTuple):
@@ -62,6 +65,23 @@ class Operation:
     failed: bool = False
     _linearisation: Linearisation | None = None
 
+    @classmethod
+    def resumed(
+        cls, program: Program, policy: Policy, blocks: Sequence[torch.Tensor], outputs: Outputs
+    ) -> Operation:
+        """The operation that returned ``outputs`` for ``blocks``, with what its backward needs to know."""
+        arrays = Outputs(*(tensor.detach().numpy() for tensor in outputs))  # type: ignore[arg-type]  # as arrays
+        # Of failed samples, which may be NaN, nothing is used.
+        parts = (np.nan_to_num(a) for a in (arrays.z, arrays.y, arrays.lower, arrays.upper, arrays.pieces))
+        point, parameters = PrimalDual(*parts), tuple(block.detach().numpy() for block in blocks)
+        sides = (np.broadcast_to(side, point.z.shape) for side in program.bounds(parameters))
+        evaluation = Evaluation.at(program, Bound(parameters, *map(np.ascontiguousarray, sides)), point)
+        unknown = np.full(len(point.z), np.nan)
+        active = ActiveSet(arrays.sides, arrays.weak, unknown, program.equality.size, program.variables.size)
+        status = tuple(Status.OPTIMAL if good else Status.NOT_A_KKT_POINT for good in arrays.converged)
+        verified = Verified(evaluation, active, arrays.singular, unknown, status, ("",) * len(status))
+        return cls(program, policy, _not_again, verified)
+
     def established(self) -> Verified:
         """``verified``, once ``find`` has run."""
         assert self.verified is not None
@@ -79,6 +99,10 @@ class Operation:
                 verified.system if len(good) == len(verified.status) else None,
             )
         return self._linearisation
+
+
+def _not_again(_: tuple[Array, ...]) -> Outputs:
+    raise AssertionError("the point is known")
 
 
 def check_derivative(policy: Policy, verified: Verified) -> None:
@@ -166,7 +190,7 @@ class _Implicit(torch.autograd.Function):
         if torch.is_grad_enabled() or any(map(_is_transformed, (*blocks, *vars(v).values()))):
             gradients = _differentiable_vjp(operation, blocks, outputs, v)
         else:
-            gradients = _compiled_vjp(operation, blocks, outputs, v)
+            gradients = vjp(operation, blocks, outputs, v)
         return None, *gradients
 
     @staticmethod
@@ -227,10 +251,10 @@ def _flatten(block: torch.Tensor, mapped: bool, size: int, inner: int | None) ->
     return block.reshape(-1, block.shape[-1])
 
 
-def _compiled_vjp(
+def vjp(
     operation: Operation, blocks: Sequence[torch.Tensor], outputs: Outputs, v: Cotangents
 ) -> list[torch.Tensor]:
-    """On the samples that have a derivative; masked ones get zero, failed ones NaN."""
+    """Gradients by block out of compiled functions; masked samples get zero, failed ones NaN."""
     scale = outputs.gradient_scale.numpy()
     good = np.flatnonzero(scale == 1)
     linearisation = operation.linearisation(good)
