@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from ddn_solvers.active_set import ActiveSet
 from ddn_solvers.arrays import Array, Index, Mask
 from ddn_solvers.errors import DegeneracyWarning, SensitivityError, warn_caller
 from ddn_solvers.kkt.conditions import Cotangents, Multipliers
@@ -22,6 +23,8 @@ from ddn_solvers.kkt.derivative import Linearisation, TorchLinearisation, scale_
 from ddn_solvers.kkt.verify import Verified, on_chosen_pieces
 from ddn_solvers.policy import Policy
 from ddn_solvers.program import Program
+from ddn_solvers.residuals import Bound, Evaluation, PrimalDual
+from ddn_solvers.solution import Status
 
 
 class Outputs(NamedTuple):
@@ -65,6 +68,24 @@ class Operation:
     any_singular: bool = False
     _linearisation: Linearisation | None = None
 
+    @classmethod
+    def resumed(
+        cls, program: Program, policy: Policy, blocks: Sequence[torch.Tensor], outputs: Outputs
+    ) -> Operation:
+        """The operation that returned ``outputs`` for ``blocks``, with what its backward needs to know."""
+        arrays = Outputs(*(tensor.detach().numpy() for tensor in outputs))  # type: ignore[arg-type]  # as arrays
+        # Of failed samples, which may be NaN, nothing is used.
+        parts = (np.nan_to_num(a) for a in (arrays.z, arrays.y, arrays.lower, arrays.upper, arrays.pieces))
+        point, parameters = PrimalDual(*parts), tuple(block.detach().numpy() for block in blocks)
+        sides = (np.broadcast_to(side, point.z.shape) for side in program.bounds(parameters))
+        evaluation = Evaluation.at(program, Bound(parameters, *map(np.ascontiguousarray, sides)), point)
+        unknown = np.full(len(point.z), np.nan)
+        active = ActiveSet(arrays.sides, arrays.weak, unknown, program.equality.size, program.variables.size)
+        status = tuple(Status.OPTIMAL if good else Status.NOT_A_KKT_POINT for good in arrays.converged)
+        with_weak, _ = np.asarray(arrays.singular).T
+        verified = Verified(evaluation, active, with_weak, unknown, status, ("",) * len(status))
+        return cls(program, policy, _not_again, verified)
+
     def established(self) -> Verified:
         """``verified``, once ``find`` has run."""
         assert self.verified is not None
@@ -95,6 +116,10 @@ class Operation:
                 verified.system if len(good) == len(verified.status) else None,
             )
         return self._linearisation
+
+
+def _not_again(_: tuple[Array, ...]) -> Outputs:
+    raise AssertionError("the point is known")
 
 
 def check_derivative(policy: Policy, verified: Verified) -> None:
@@ -205,7 +230,7 @@ class _Implicit(torch.autograd.Function):
             linearisation = _torch_linearisation(operation, blocks, outputs)
             gradients = linearisation.vjp(v, outputs.gradient_scale, envelope)
         else:
-            gradients = _compiled_vjp(operation, blocks, outputs, v, envelope)
+            gradients = vjp(operation, blocks, outputs, v, envelope)
         return None, *gradients
 
     @staticmethod
@@ -319,10 +344,14 @@ def _flatten(block: torch.Tensor, mapped: bool, size: int, inner: int | None) ->
     return block.reshape(-1, block.shape[-1])
 
 
-def _compiled_vjp(
-    operation: Operation, blocks: Sequence[torch.Tensor], outputs: Outputs, v: Cotangents, envelope: bool
+def vjp(
+    operation: Operation,
+    blocks: Sequence[torch.Tensor],
+    outputs: Outputs,
+    v: Cotangents,
+    envelope: bool = False,
 ) -> list[torch.Tensor]:
-    """On the samples that have a derivative; masked ones get zero, failed ones NaN."""
+    """Gradients by block out of compiled functions; masked samples get zero, failed ones NaN."""
     scale = outputs.gradient_scale.numpy()
     good = np.flatnonzero(scale == 1)
     linearisation = operation.linearisation(good)

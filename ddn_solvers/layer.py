@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ddn_solvers import compiled
 from ddn_solvers.captures import Accessor
 from ddn_solvers.errors import ProblemError
 from ddn_solvers.policy import Policy, as_policy
@@ -55,6 +56,7 @@ class DeclarativeLayer(torch.nn.Module):
         program = compile_program(self.problem)
         routes(solver, program)
         self._register_captures(program.graph.seen.inputs)
+        self._front = compiled.Front(self, program)
 
     def forward(
         self,
@@ -79,6 +81,9 @@ class DeclarativeLayer(torch.nn.Module):
         Raises:
             ProblemError, SolveError: As ``ddn.solve``.
         """
+        if torch.compiler.is_compiling():
+            values = compiled.forward(self, self._by_name(parameters, by_name))
+            return values[0] if len(values) == 1 else values
         solution = self.solve(*parameters, initial=initial, warm_start=warm_start, policy=policy, **by_name)
         values = tuple(solution.primal.values())
         return values[0] if len(values) == 1 else values
@@ -92,16 +97,7 @@ class DeclarativeLayer(torch.nn.Module):
         **by_name: Any,
     ) -> Solution:
         """The same with everything that is known about the solution; see ``Solution``."""
-        declared = list(self.problem.parameters)
-        if len(parameters) > len(declared):
-            raise ProblemError(
-                "too many parameters", expected=", ".join(declared) or "none", got=len(parameters)
-            )
-        positional = dict(zip(declared, parameters, strict=False))
-        twice = sorted(set(positional) & set(by_name))
-        if twice:
-            raise ProblemError(f"parameter {twice[0]!r} is given both by position and by name")
-        values = {**positional, **by_name}
+        values = self._by_name(parameters, by_name)
         remembers = self.warm_start and warm_start is None and initial is None
         if remembers and self._previous is not None and _same_batch(self._previous, values, self.problem):
             warm_start = self._previous
@@ -118,6 +114,18 @@ class DeclarativeLayer(torch.nn.Module):
         if self.warm_start and not torch._C._are_functorch_transforms_active():
             self._previous = _detached(solution)
         return solution
+
+    def _by_name(self, parameters: tuple[Any, ...], by_name: dict[str, Any]) -> dict[str, Any]:
+        declared = list(self.problem.parameters)
+        if len(parameters) > len(declared):
+            raise ProblemError(
+                "too many parameters", expected=", ".join(declared) or "none", got=len(parameters)
+            )
+        positional = dict(zip(declared, parameters, strict=False))
+        twice = sorted(set(positional) & set(by_name))
+        if twice:
+            raise ProblemError(f"parameter {twice[0]!r} is given both by position and by name")
+        return {**positional, **by_name}
 
     # -- captured modules and Parameters ----------------------------------------------------------
 
