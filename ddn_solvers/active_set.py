@@ -65,6 +65,17 @@ class ActiveSet:
         """Variables that an active bound fixes, (B, n)."""
         return self.lower | self.upper
 
+    def droppable(self, numbers: Any) -> Mask:
+        """Weakly active sides that can be dropped: not the zero of a vector's norm, off which nothing is smooth.
+
+        Args:
+            numbers: Which kinks are those of one number, (k,) bool.
+        """
+        dropped = self.weak.copy()
+        stop = dropped.shape[1] - 2 * self.n
+        dropped[:, stop - len(numbers) : stop] &= numbers
+        return dropped
+
     def take(self, samples: Any) -> ActiveSet:
         return replace(self, sides=self.sides[samples], weak=self.weak[samples], margin=self.margin[samples])
 

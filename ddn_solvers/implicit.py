@@ -37,7 +37,7 @@ class Outputs(NamedTuple):
     objective: torch.Tensor  # (B,)
     pieces: torch.Tensor  # (B, k), see PrimalDual
     sides: torch.Tensor  # (B, q + k + 2n) bool, see ActiveSet
-    weak: torch.Tensor  # (B, q + k + 2n) bool
+    weak: torch.Tensor  # (B, q + k + 2n) bool, those that can be dropped
     singular: torch.Tensor  # (B, 2) bool: with and without the weakly active rows
     gradient_scale: torch.Tensor  # (B,): 1; 0 for masked and NaN for failed samples
     converged: torch.Tensor  # (B,) bool
@@ -175,7 +175,8 @@ def outputs_of(operation: Operation, verified: Verified) -> Outputs:
             array[~converged] = np.nan
     norms = np.stack(evaluation.norms, axis=1)
     singular = np.stack([verified.singular, _singular_without_weak(operation, verified)], axis=1)
-    rest = [point.pieces, active.sides, active.weak, singular, scale, converged, norms]
+    dropped = active.droppable(evaluation.program.numbers)
+    rest = [point.pieces, active.sides, dropped, singular, scale, converged, norms]
     return Outputs(*(torch.from_numpy(np.ascontiguousarray(a)) for a in (*arrays, *rest)))
 
 

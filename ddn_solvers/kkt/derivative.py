@@ -98,7 +98,8 @@ class Linearisation:
     @cached_property
     def conditions(self) -> Weighted:
         """One linear system, or two that are averaged."""
-        sides, weak = torch.from_numpy(self.active.sides), torch.from_numpy(self.active.weak)
+        sides = torch.from_numpy(self.active.sides)
+        weak = torch.from_numpy(self.active.droppable(self.evaluation.program.numbers))
         m, n = self.evaluation.functions.rows, self.active.n
         masks = active_masks(sides, weak, m, n, self.policy)
         options = _options(self.policy)
@@ -130,7 +131,8 @@ class Linearisation:
     @cached_property
     def singular_without_weak(self) -> Mask:
         """Where the system without the weakly active rows is singular, (B,): the active one may not be."""
-        without = replace(self.active, sides=self.active.sides & ~self.active.weak)
+        dropped = self.active.droppable(self.evaluation.program.numbers)
+        without = replace(self.active, sides=self.active.sides & ~dropped)
         found: Mask = kkt_system(self.evaluation, without).singular.numpy()
         return found
 
