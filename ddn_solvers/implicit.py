@@ -9,7 +9,7 @@ of the backward is asked for, the compiled functions serve instead.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -103,9 +103,7 @@ def check_derivative(policy: Policy, verified: Verified) -> None:
     Raises:
         SensitivityError: The policy refuses it.
     """
-    if policy.smoothing > 0:
-        return  # what is smoothed is neither one-sided nor singular
-    if verified.one_sided and policy.weakly_active == "raise":
+    if verified.one_sided and policy.weakly_active == "raise" and not policy.smoothing:
         raise SensitivityError(
             "a constraint is weakly active (neither slack nor multiplier), so the derivative is one-sided. "
             "See solution.certificate, or choose policy.weakly_active."
@@ -123,9 +121,20 @@ def check_derivative(policy: Policy, verified: Verified) -> None:
         )
 
 
+def to_differentiate(verified: Verified, policy: Policy) -> Verified:
+    """Verified points as the policy wants them differentiated: on which pieces, smoothed or not."""
+    verified = on_chosen_pieces(verified, policy)
+    if not policy.smoothing:
+        return verified
+    good, singular = np.flatnonzero(verified.optimal), np.zeros_like(verified.singular)
+    here = Linearisation(verified.evaluation.take(good), verified.active.take(good), singular[good], policy)
+    singular[good] = here.singular_smoothed
+    return replace(verified, singular=singular, system=None)
+
+
 def outputs_of(operation: Operation, verified: Verified) -> Outputs:
     """A verified batch as the operation's outputs; failed samples as ``policy.on_failure`` says."""
-    operation.verified = verified = on_chosen_pieces(verified, operation.policy)
+    operation.verified = verified = to_differentiate(verified, operation.policy)
     converged, on_failure = verified.optimal, operation.policy.on_failure
     evaluation, active = verified.evaluation, verified.active
     point = evaluation.point

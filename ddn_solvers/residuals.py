@@ -28,6 +28,7 @@ from ddn_solvers.lowering.pattern import Matrices
 from ddn_solvers.program import Program
 
 _TINY = 1e-300
+_NOTHING = 1e-9  # relative size of the forces that meet in a row below which they are not told apart
 _ROUNDING = 1e-13  # relative force that counts as none
 _VANISHING = 1e-2  # of the change of a row's gradient over a hundredth of the point's size
 
@@ -322,7 +323,7 @@ class Evaluation:
         """By row: residual over the forces that meet there, (B,)."""
         meeting = np.abs(self.first.gradient) + self.J.map(np.abs).transposed_times(np.abs(self.point.y))
         meeting += self.H.map(np.abs).row_sums() * self.size + np.abs(self.point.lower) + self.point.upper
-        floor = np.finfo(float).eps * self.force
+        floor = _NOTHING * self.force
         return _largest(self.stationarity / np.maximum(meeting, floor))
 
     @cached_property

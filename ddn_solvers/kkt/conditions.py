@@ -60,6 +60,8 @@ class Movement:
 class Conditions(abc.ABC):
     """A linear system for the movement of a solution; symmetric, so that tangents and adjoints share it."""
 
+    system: System
+
     @abc.abstractmethod
     def solve(self, z: torch.Tensor, y: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor) -> Movement:
         """For right-hand sides of stationarity (B, n), of rows c (B, m), and of lower - z and z - upper (B, n)."""
@@ -87,10 +89,10 @@ class ActiveConditions(Conditions):
     def __init__(
         self, system: System, constraints: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor
     ) -> None:
-        self._system, self._constraints, self._lower, self._upper = system, constraints, lower, upper
+        self.system, self._constraints, self._lower, self._upper = system, constraints, lower, upper
 
     def solve(self, z: torch.Tensor, y: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor) -> Movement:
-        step = self._system.solve(z, y, torch.where(self._lower, -lower, upper))
+        step = self.system.solve(z, y, torch.where(self._lower, -lower, upper))
         return Movement(
             step.x,
             torch.where(self._constraints, step.t, 0.0),
@@ -103,11 +105,11 @@ class SmoothedConditions(Conditions):
     """Smoothed; ``system`` has the rows of c, then those of lower - z and of z - upper."""
 
     def __init__(self, system: System) -> None:
-        self._system = system
+        self.system = system
 
     def solve(self, z: torch.Tensor, y: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor) -> Movement:
         m, n = y.shape[-1], z.shape[-1]
-        step = self._system.solve(z, torch.cat([y, lower, upper], dim=-1), torch.zeros_like(z))
+        step = self.system.solve(z, torch.cat([y, lower, upper], dim=-1), torch.zeros_like(z))
         return Movement(step.x, step.t[..., :m], step.t[..., m : m + n], step.t[..., m + n :])
 
 

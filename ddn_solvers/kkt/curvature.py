@@ -26,15 +26,13 @@ import torch
 from ddn_solvers.active_set import ActiveSet
 from ddn_solvers.arrays import Array, Mask
 from ddn_solvers.inertia import negative_eigenvalues
-from ddn_solvers.kkt.linear import least_squares
+from ddn_solvers.kkt.linear import DEPENDENT, least_squares
 from ddn_solvers.kkt.operator import DENSE_LIMIT, Bordered, Sparse, large_and_sparse
 from ddn_solvers.kkt.system import System
 from ddn_solvers.residuals import Evaluation
 
 _CLEARLY = 1e-7  # relative to the largest entry of H: below it, an eigenvalue may be rounding
 _RHO = 1e3  # weight of the active rows, relative to H
-_RANK = 1e-10  # relative singular value below which rows count as dependent
-_RANK_SPARSE = 1e-9  # the same where it is known by least squares
 _DISTANCE = 1e-4  # of a row of norm one from the span of others: beyond it, it surely counts
 _LANCZOS = 60  # steps
 
@@ -82,7 +80,7 @@ def curvature(evaluation: Evaluation, active: ActiveSet) -> Curvature:
     _, singular, right = np.linalg.svd(np.concatenate([rows, fixed], axis=1), full_matrices=True)
     counted = np.zeros((batch, n), dtype=bool)  # right singular vectors that span the rows
     largest = np.maximum(singular.max(axis=1, initial=0.0), 1e-300)[:, None]
-    counted[:, : singular.shape[1]] = singular > _RANK * largest
+    counted[:, : singular.shape[1]] = singular > DEPENDENT * largest
     null = np.where(counted[:, :, None], 0.0, right)
     reduced = null @ evaluation.hessian @ null.transpose(0, 2, 1)
     norm = np.abs(evaluation.hessian).max(axis=(1, 2), initial=0.0)
@@ -194,7 +192,7 @@ def _rank(K: Bordered, sample: int) -> int:
         return int(A.shape[0])
     outside = [row - apart.T @ least_squares(apart.T, row) for row in close.toarray()]
     values = np.linalg.svd(np.array(outside), compute_uv=False)
-    return int(apart.shape[0] + (values > _RANK_SPARSE).sum())
+    return int(apart.shape[0] + (values > DEPENDENT).sum())
 
 
 def _smallest(K: Bordered, sample: int, singular: bool) -> float:

@@ -121,6 +121,13 @@ class Linearisation:
         return [(weight, _active(hessian, jacobian, choice, options)) for weight, choice in masks]
 
     @cached_property
+    def singular_smoothed(self) -> Mask:
+        """Where the smoothed system is singular, (B,)."""
+        ((_, conditions),) = self.conditions
+        found: Mask = conditions.system.singular.numpy()
+        return found
+
+    @cached_property
     def singular_without_weak(self) -> Mask:
         """Where the system without the weakly active rows is singular, (B,): the active one may not be."""
         without = replace(self.active, sides=self.active.sides & ~self.active.weak)
@@ -204,7 +211,7 @@ class TorchLinearisation:
         hessian = self._map(torch.func.jacrev(self._gradient))(z, self._y, pieces, *self.parameters)
         jacobian = self._map(torch.func.jacrev(self._constraints))(z, self._y, pieces, *self.parameters)
         if pair is not None:
-            options |= {"any_singular": False, "singular": singular[..., 0]}
+            options |= {"singular": singular[..., 0]}
             rows = masks[0][1][0]
             smooth = smoothed_conditions(hessian, jacobian, pair, rows, program.equality.size, **options)
             self.conditions: Weighted = [(1.0, smooth)]

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddn_solvers.active_set import ActiveSet
+from ddn_solvers.active_set import ActiveSet, kink_sides
 from ddn_solvers.arrays import Array, Index, Mask
 from ddn_solvers.kkt.linear import Step
 from ddn_solvers.kkt.multipliers import steepest_multipliers
@@ -90,7 +90,7 @@ def _on_one_piece(
         return none
     if steepest is not evaluation.point:
         evaluation = Evaluation.at(evaluation.program, evaluation.bound, steepest)
-        active = replace(active, weak=active.weak | (active.sides & _vanish(evaluation)))
+        active = replace(active, weak=_without_multiplier(evaluation, active))
         change = Change.along(evaluation, tangents)
     weak = active.weak & active.sides
     strong = replace(active, sides=active.sides & ~weak)
@@ -125,12 +125,12 @@ def _on_one_piece(
     return (dz, dy, lower, upper), change.constraints[:, m:] + (evaluation.jacobian[0, m:] @ dz)
 
 
-def _vanish(evaluation: Evaluation) -> Any:
-    """Inequalities and bounds without multiplier; a kink's force may be anything."""
-    found = evaluation.scaled_multiplier <= _ZERO
-    start, n = evaluation.program.inequality.size, evaluation.point.z.shape[1]
-    found[:, start : found.shape[1] - 2 * n] = False
-    return found
+def _without_multiplier(evaluation: Evaluation, active: ActiveSet) -> Mask:
+    """The weakly active sides for these multipliers; kinks, whose force is not chosen among several, as before."""
+    weak: Mask = active.sides & (evaluation.scaled_multiplier <= _ZERO)
+    kinks = kink_sides(evaluation)
+    weak[:, kinks] = active.weak[:, kinks]
+    return weak
 
 
 def _solve(system: System, a: Array, b: Array, v: Array) -> Step:

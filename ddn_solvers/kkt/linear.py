@@ -21,6 +21,9 @@ from ddn_solvers.kkt.operator import Bordered, Formed
 
 # Beyond this condition number (after equilibration) the solution of a system is rounding error.
 SINGULAR: Final = 1e12
+# Singular value, relative to the largest, below which rows of unit norm are dependent: the KKT matrix, in which
+# it enters squared, is then singular.
+DEPENDENT: Final = SINGULAR**-0.5
 
 _UNBALANCED = 1e-4  # ratio of pivots below which a Cholesky factorization gives way to LU
 _MINRES = 1e-13  # relative residual at which MINRES stops

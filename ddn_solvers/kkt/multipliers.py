@@ -21,13 +21,16 @@ import numpy as np
 from ddn_solvers.active_set import ActiveSet, kink_sides
 from ddn_solvers.arrays import Array, Index, Mask
 from ddn_solvers.kkt.curvature import Curvature, curvature
-from ddn_solvers.kkt.linear import least_squares
+from ddn_solvers.kkt.linear import DEPENDENT, least_squares
 from ddn_solvers.kkt.operator import large_and_sparse
 from ddn_solvers.program import Program
 from ddn_solvers.residuals import Bound, Evaluation, PrimalDual
 
 _NEARLY_ACTIVE = 1e-5  # scaled slack within which a constraint may be active
-_DEPENDENT = 1e-10  # relative singular value below which rows count as dependent
+_ZERO = 1e-10  # relative difference of curvature, or multiplier, that counts as none
+_CANCELLING = (
+    1e6  # force of a multiplier relative to those of the objective that only dependent rows can hold
+)
 _NEARLY_ON_KINK = 1e-3  # and within which a point may lie on a kink
 
 
@@ -37,6 +40,24 @@ def least_squares_multipliers(program: Program, bound: Bound, z: Array) -> Prima
     near = evaluation.scaled_slack <= _NEARLY_ACTIVE
     near[:, kink_sides(evaluation)] = evaluation.point.pieces == 0
     return _fitted(evaluation, near, np.ones(program.equality.size, dtype=bool))
+
+
+def without_cancellation(program: Program, bound: Bound, point: PrimalDual) -> PrimalDual:
+    """The points; where multipliers exceed every force by far and cancel each other, with those of least squares.
+
+    Some backends let the multipliers of dependent rows grow without limit. Their rounding would hide whatever is
+    wrong with the point.
+    """
+    evaluation = Evaluation.at(program, bound, point)
+    forces = np.abs(point.y) * evaluation.row_norms / evaluation.force
+    huge = np.flatnonzero(forces.max(axis=1, initial=0.0) > _CANCELLING)
+    if not huge.size:
+        return point
+    found = least_squares_multipliers(program, bound.take(huge), point.z[huge])
+    point = PrimalDual(**{name: values.copy() for name, values in vars(point).items()})
+    for k, i in enumerate(huge):
+        point.put(int(i), found, k)
+    return point
 
 
 def with_kink_forces(program: Program, bound: Bound, point: PrimalDual) -> PrimalDual:
@@ -155,7 +176,7 @@ class _ActiveRows:
         norms = np.linalg.norm(columns, axis=0)
         unit = np.where(norms > 0, norms, 1.0)
         _, singular, rotated = np.linalg.svd(columns / unit)
-        rank = int((singular > _DEPENDENT * singular.max(initial=0.0)).sum())
+        rank = int((singular > DEPENDENT * singular.max(initial=0.0)).sum())
         return _ActiveRows((rows, left, right), columns, known, signed, rotated[rank:].T / unit[:, None])
 
     def put(self, point: PrimalDual, i: int, values: Array) -> None:
@@ -250,7 +271,7 @@ def _of_binding_curvature(rows: _ActiveRows, bends: Array) -> Array:
     """The canonical multipliers of one sample; ``bends`` is what each of its rows adds to the trace."""
     fixed, known, curved = rows.columns, rows.known, bends @ rows.free
     largest = np.abs(bends).max(initial=0.0)
-    if np.abs(curved).max(initial=0.0) > _DEPENDENT * largest * np.abs(rows.free).max(initial=0.0):
+    if np.abs(curved).max(initial=0.0) > _ZERO * largest * np.abs(rows.free).max(initial=0.0):
         binding = rows.largest(curved)
         if binding is not None:  # otherwise the curvature has no limit, and nothing can be chosen by it
             fixed = np.concatenate([fixed, bends[None] * np.abs(fixed).max() / largest])
@@ -262,13 +283,13 @@ def _minimum_norm(fixed: Array, known: Array, signed: Mask) -> Array:
     """y of minimum norm with fixed y = fixed known and y >= 0 where signed; ``known`` where that is not found."""
     target, zero = fixed @ known, np.zeros(len(known), dtype=bool)
     for _ in known:
-        y = np.linalg.lstsq(np.where(zero, 0.0, fixed), target, rcond=_DEPENDENT)[0]
+        y = np.linalg.lstsq(np.where(zero, 0.0, fixed), target, rcond=DEPENDENT)[0]
         scale = np.abs(y).max(initial=0.0)
         if not np.allclose(
             fixed @ y, target, rtol=0, atol=1e-9 * max(np.abs(target).max(initial=0.0), 1e-300)
         ):
             return known
-        negative = signed & (y < -_DEPENDENT * scale)
+        negative = signed & (y < -_ZERO * scale)
         if not negative.any():
             return np.where(signed, np.maximum(y, 0), y)
         zero |= negative

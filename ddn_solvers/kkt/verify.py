@@ -16,7 +16,7 @@ import torch
 from ddn_solvers.active_set import ActiveSet, identify, off_kinks, settled
 from ddn_solvers.arrays import Array, Mask
 from ddn_solvers.kkt.curvature import curvature, surely_minimal
-from ddn_solvers.kkt.multipliers import canonical_multipliers
+from ddn_solvers.kkt.multipliers import canonical_multipliers, without_cancellation
 from ddn_solvers.kkt.polish import kkt_system, polish
 from ddn_solvers.kkt.system import System
 from ddn_solvers.pieces import Kink
@@ -81,6 +81,7 @@ def verify(
         minimum: Refuse points with negative curvature (``attach`` accepts them).
     """
     with np.errstate(all="ignore"):  # a failed sample may hold anything; it is judged, not computed with
+        start = without_cancellation(program, bound, start)
         polished = polish(program, bound, start, policy.linear_solver)
         evaluation = polished.evaluation
         feasibility, complementarity = evaluation.scaled_feasibility, evaluation.scaled_complementarity
