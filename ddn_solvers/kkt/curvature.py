@@ -33,7 +33,6 @@ from ddn_solvers.residuals import Evaluation
 
 _CLEARLY = 1e-7  # relative to the largest entry of H: below it, an eigenvalue may be rounding
 _RHO = 1e3  # weight of the active rows, relative to H
-_RANK_SPARSE = 1e-9  # the same where it is known by least squares
 _DISTANCE = 1e-4  # of a row of norm one from the span of others: beyond it, it surely counts
 _LANCZOS = 60  # steps
 
@@ -193,7 +192,7 @@ def _rank(K: Bordered, sample: int) -> int:
         return int(A.shape[0])
     outside = [row - apart.T @ least_squares(apart.T, row) for row in close.toarray()]
     values = np.linalg.svd(np.array(outside), compute_uv=False)
-    return int(apart.shape[0] + (values > _RANK_SPARSE).sum())
+    return int(apart.shape[0] + (values > DEPENDENT).sum())
 
 
 def _smallest(K: Bordered, sample: int, singular: bool) -> float:

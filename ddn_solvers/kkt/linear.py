@@ -46,11 +46,13 @@ class LinearSolver(abc.ABC):
         sparse: It reads the nonzeros alone, so that dense matrices need not be made.
         formed: It takes K as one dense matrix.
         refine: Its solutions are improved by iterative refinement: it is less than backward stable.
+        decides: It shows a singular matrix by a large solution; otherwise LU does in its place.
     """
 
     sparse: ClassVar[bool] = False
     formed: ClassVar[bool] = False
     refine: ClassVar[bool] = False
+    decides: ClassVar[bool] = True
 
     @abc.abstractmethod
     def init(self, K: Any) -> Any:
@@ -254,9 +256,10 @@ def least_squares(matrix: Any, target: Array) -> Array:
 
 
 class Custom(LinearSolver):
-    """A user's ``(matrix, rhs) -> solution``."""
+    """A user's ``(matrix, rhs) -> solution``, asked about regular matrices only."""
 
     formed = True
+    decides = False
 
     def __init__(self, solve: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
         self._solve = solve

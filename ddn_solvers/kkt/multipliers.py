@@ -14,13 +14,15 @@ problem with signs is solved.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from ddn_solvers.active_set import ActiveSet, kink_sides
 from ddn_solvers.arrays import Array, Index, Mask
 from ddn_solvers.kkt.curvature import Curvature, curvature
-from ddn_solvers.kkt.linear import DEPENDENT
+from ddn_solvers.kkt.linear import DEPENDENT, least_squares
+from ddn_solvers.kkt.operator import large_and_sparse
 from ddn_solvers.program import Program
 from ddn_solvers.residuals import Bound, Evaluation, PrimalDual
 
@@ -82,28 +84,42 @@ def _fitted(evaluation: Evaluation, near: Mask, equality: Mask) -> PrimalDual:
     point, program = evaluation.point, evaluation.program
     equalities, q, n = program.equality.size, program.inequality.size, program.variables.size
     y, bounds = point.y.copy(), (point.lower.copy(), point.upper.copy())
-    identity, kinks = np.eye(n), near.shape[1] - q - 2 * n
+    kinks = near.shape[1] - q - 2 * n
     for i in range(len(point.z)):
         inequality, kink, lower, upper = (
             np.flatnonzero(part) for part in np.split(near[i], [q, q + kinks, q + kinks + n])
         )
         free = np.concatenate([np.flatnonzero(equality), equalities + q + kink])
         signed = equalities + inequality
-        columns = np.concatenate(
-            [evaluation.jacobian[i, free], evaluation.jacobian[i, signed], -identity[lower], identity[upper]]
-        ).T
-        norms = np.linalg.norm(columns, axis=0)
-        unit = np.where(norms > 0, 1 / np.where(norms > 0, norms, 1.0), 1.0)
+        columns = _columns(evaluation, i, np.concatenate([free, signed]), lower, upper)
+        unit = 1 / _norms(columns)
         weights = evaluation.kink_weights[i, kink]  # by which kinks that depend on each other share a force
         unit[len(free) - len(kink) : len(free)] = np.where(weights > 0, weights, 1.0)
-        solution = unit * _signed_least_squares(columns * unit, -evaluation.stationarity[i], len(free))
+        solution = unit * _signed_least_squares(
+            _scaled(columns, unit), -evaluation.stationarity[i], len(free)
+        )
         cuts = np.cumsum([len(free), len(inequality), len(lower)])
         y[i, free], y[i, signed], bounds[0][i, lower], bounds[1][i, upper] = np.split(solution, cuts)
     return replace(point, y=y, lower=bounds[0], upper=bounds[1])
 
 
-def _signed_least_squares(columns: Array, target: Array, free: int) -> Array:
+def _columns(evaluation: Evaluation, i: int, rows: Index, lower: Index, upper: Index) -> Any:
+    """Gradients of rows of c and of bounds of one sample, (n, rows): an array, or sparse as the problem is."""
+    n = evaluation.point.z.shape[1]
+    if not large_and_sparse(evaluation.H.pattern, evaluation.J.pattern):
+        identity = np.eye(n)
+        return np.concatenate([evaluation.jacobian[i, rows], -identity[lower], identity[upper]]).T
+    import scipy.sparse as sp
+
+    jacobian = evaluation.J.pattern.matrix(evaluation.J.nonzeros[i]).tocsr()
+    units = sp.eye_array(n, format="csr")
+    return sp.vstack([jacobian[rows], -units[lower], units[upper]]).T.tocsc()
+
+
+def _signed_least_squares(columns: Any, target: Array, free: int) -> Array:
     """min |columns y - target| with y >= 0 from entry ``free`` on."""
+    if not isinstance(columns, np.ndarray):
+        return _sparse_signed_least_squares(columns, target, free)
     if columns.shape[1] == 0 or not np.isfinite(columns).all() or not np.isfinite(target).all():
         return np.zeros(columns.shape[1])
     solution = np.asarray(np.linalg.lstsq(columns, target, rcond=None)[0], dtype=float)
@@ -113,6 +129,39 @@ def _signed_least_squares(columns: Array, target: Array, free: int) -> Array:
         lowest = np.where(np.arange(len(solution)) < free, -np.inf, 0.0)
         solution = lsq_linear(columns, target, (lowest, np.inf), method="bvls").x
     return solution
+
+
+def _sparse_signed_least_squares(columns: Any, target: Array, free: int) -> Array:
+    count = columns.shape[1]
+    if count == 0 or not np.isfinite(columns.data).all() or not np.isfinite(target).all():
+        return np.zeros(count)
+    solution = least_squares(columns.tocsr(), target)
+    if not (solution[free:] >= 0).all():
+        from scipy.optimize import lsq_linear  # costs a quarter of a second to import
+
+        lowest = np.where(np.arange(count) < free, -np.inf, 0.0)
+        solution = lsq_linear(columns.tocsr(), target, (lowest, np.inf), method="trf", lsq_solver="lsmr").x
+    result: Array = solution
+    return result
+
+
+def _scaled(columns: Any, unit: Array) -> Any:
+    if isinstance(columns, np.ndarray):
+        return columns * unit
+    import scipy.sparse as sp
+
+    return columns @ sp.diags_array(unit)
+
+
+def _norms(columns: Any) -> Array:
+    """Of each column, one where it vanishes."""
+    if isinstance(columns, np.ndarray):
+        norms: Array = np.linalg.norm(columns, axis=0)
+    else:
+        import scipy.sparse as sp
+
+        norms = sp.linalg.norm(columns, axis=0)
+    return np.where(norms > 0, norms, 1.0)
 
 
 @dataclass(frozen=True)

@@ -91,17 +91,18 @@ class System:
         scale, norm = equilibrate(K, self._pack(units))
         self._scale = self._unpack(scale, 1.0)
         K = K.scaled(scale)
-        if singular is None or not any_singular:
-            self._state = self._solver.init(K)
         if singular is None:
-            self.condition = condition(
-                self._solver, self._state, K.kept, norm, self._pack(without_symmetry(self._kept))
-            )
+            judge = self._solver if self._solver.decides else DenseLU()
+            self._state, start = judge.init(K), self._pack(without_symmetry(self._kept))
+            self.condition = condition(judge, self._state, K.kept, norm, start)
             singular = self.condition > SINGULAR
-            any_singular = bool(singular.any())
+            any_singular, factored = bool(singular.any()), self._solver.decides
+        else:
+            factored = False
         self.singular, self._repair, self._moved = singular, any_singular, False
+        if any_singular or not factored:
+            self._state = self._solver.init(K.without(singular) if any_singular else K)
         if any_singular:
-            self._state = self._solver.init(K.without(singular))
             self._prepare_singular(proximal)
 
     def _operator(self, matrix: torch.Tensor | Matrices | Operator) -> Operator:
