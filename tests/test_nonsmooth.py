@@ -688,6 +688,61 @@ def test_a_point_outside_the_subdifferential_is_refused(function):
             function(case.problem, case.parameters, point)
 
 
+SPARSE_GROUP = ddn.Problem(
+    {"u": (N,)}, {"x": (N,), "w": ()},
+    lambda u, x, w: half_squares(u, x) + w * torch.linalg.vector_norm(u[10:]) + 0.8 * u[:10].abs().sum(),
+)  # fmt: skip
+
+
+def sparse_group(x, w):
+    return torch.cat([soft(x[:10], number(0.8)), block_soft(x[10:], w)])
+
+
+def test_vmap_of_second_derivatives_over_different_kink_patterns():
+    layer = ddn.DeclarativeLayer(SPARSE_GROUP)
+    x, w = torch.stack([rand(N, seed=30), 0.35 * rand(N, seed=31), 3 * rand(N, seed=32)]), vector(0.5, 9, 0.8)
+    close(layer(x, w), torch.stack([sparse_group(*sample) for sample in zip(x, w, strict=True)]))
+    assert layer(x, w)[1, 10:].abs().max() < 1e-12
+    for transform in (torch.func.jacrev, torch.func.jacfwd):
+        found = torch.func.vmap(transform(layer))(x, w)
+        for i in range(3):
+            close(found[i], torch.func.jacrev(sparse_group)(x[i], w[i]))
+    found = torch.func.vmap(torch.func.hessian(lambda x, w: layer(x, w).pow(3).sum()))(x, w)
+    for i in range(3):
+        close(found[i], torch.func.hessian(lambda x: sparse_group(x, w[i]).pow(3).sum())(x[i]))  # noqa: B023
+
+
+@pytest.mark.parametrize("choice", ["manifold", "clarke"])
+def test_every_mode_gives_the_same_derivative(choice):
+    """Reverse and forward mode, compiled and differentiable backward, vjp and jvp of a sensitivity."""
+    policy, x, w = ddn.Policy(nonsmooth=choice), rand(N, seed=30), number(0.5)
+    layer = ddn.DeclarativeLayer(SPARSE_GROUP, policy=policy)
+    reverse = torch.func.jacrev(layer)(x, w)
+    close(torch.func.jacfwd(layer)(x, w), reverse, 1e-12)
+    found = ddn.sensitivity(SPARSE_GROUP, {"x": x, "w": w}, sparse_group(x, w), policy=policy)
+    close(found.jacobian("u", "x"), reverse, 1e-12)
+    tangent, leaf = rand(N, seed=33), x.clone().requires_grad_()
+    close(found.jvp({"x": tangent})["u"], reverse @ tangent, 1e-12)
+    for differentiable in (False, True):
+        (g,) = torch.autograd.grad(layer(leaf, w) @ tangent, leaf, create_graph=differentiable)
+        close(g.detach(), tangent @ reverse, 1e-12)
+    assert (choice == "manifold") == bool((reverse[sparse_group(x, w) == 0] == 0).all())
+
+
+@pytest.mark.parametrize("name", ["lasso", "group lasso", "total variation", "max", "nested: dead zone"])
+def test_float32_parameters_with_kinks(name):
+    case = PROX[name]
+    results = []
+    for dtype in (torch.float32, D):
+        p = {key: value.float().to(dtype).requires_grad_() for key, value in case.parameters.items()}
+        s = ddn.solve(case.problem, p)
+        assert s.certificate.ok
+        results.append([s["u"], *torch.autograd.grad(s["u"].pow(2).sum(), list(p.values()))])
+    for narrow, wide in zip(*results, strict=True):
+        assert narrow.dtype == torch.float32
+        torch.testing.assert_close(narrow.double(), wide, rtol=1e-6, atol=1e-6)
+
+
 # -- on the boundary of a subdifferential ------------------------------------------------------------------------------
 
 
@@ -1014,10 +1069,11 @@ def test_pairwise_distance_with_its_own_eps():
     close(ddn.solve(problem, {"x": x})["u"], x * 2 / 3)
 
 
+ORIGIN = torch.zeros(3, dtype=D)
 BENDS = {
     # phi, x, u: the second derivative of phi jumps exactly there
-    "huber_loss": (lambda u: F.huber_loss(u, 0 * u.detach(), reduction="sum"), vector(2, 0.5, 9), vector(1, 0.25, 8)),
-    "smooth_l1_loss": (lambda u: F.smooth_l1_loss(u, 0 * u.detach(), reduction="sum"), vector(2, 0.5, 9), vector(1, 0.25, 8)),
+    "huber_loss": (lambda u: F.huber_loss(u, ORIGIN, reduction="sum"), vector(2, 0.5, 9), vector(1, 0.25, 8)),
+    "smooth_l1_loss": (lambda u: F.smooth_l1_loss(u, ORIGIN, reduction="sum"), vector(2, 0.5, 9), vector(1, 0.25, 8)),
     "elu": (lambda u: F.elu(u).sum(), vector(1, 3, 4), vector(0, 2, 3)),
 }  # fmt: skip
 
