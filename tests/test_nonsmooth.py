@@ -688,6 +688,61 @@ def test_a_point_outside_the_subdifferential_is_refused(function):
             function(case.problem, case.parameters, point)
 
 
+SPARSE_GROUP = ddn.Problem(
+    {"u": (N,)}, {"x": (N,), "w": ()},
+    lambda u, x, w: half_squares(u, x) + w * torch.linalg.vector_norm(u[10:]) + 0.8 * u[:10].abs().sum(),
+)  # fmt: skip
+
+
+def sparse_group(x, w):
+    return torch.cat([soft(x[:10], number(0.8)), block_soft(x[10:], w)])
+
+
+def test_vmap_of_second_derivatives_over_different_kink_patterns():
+    layer = ddn.DeclarativeLayer(SPARSE_GROUP)
+    x, w = torch.stack([rand(N, seed=30), 0.35 * rand(N, seed=31), 3 * rand(N, seed=32)]), vector(0.5, 9, 0.8)
+    close(layer(x, w), torch.stack([sparse_group(*sample) for sample in zip(x, w, strict=True)]))
+    assert layer(x, w)[1, 10:].abs().max() < 1e-12
+    for transform in (torch.func.jacrev, torch.func.jacfwd):
+        found = torch.func.vmap(transform(layer))(x, w)
+        for i in range(3):
+            close(found[i], torch.func.jacrev(sparse_group)(x[i], w[i]))
+    found = torch.func.vmap(torch.func.hessian(lambda x, w: layer(x, w).pow(3).sum()))(x, w)
+    for i in range(3):
+        close(found[i], torch.func.hessian(lambda x: sparse_group(x, w[i]).pow(3).sum())(x[i]))  # noqa: B023
+
+
+@pytest.mark.parametrize("choice", ["manifold", "clarke"])
+def test_every_mode_gives_the_same_derivative(choice):
+    """Reverse and forward mode, compiled and differentiable backward, vjp and jvp of a sensitivity."""
+    policy, x, w = ddn.Policy(nonsmooth=choice), rand(N, seed=30), number(0.5)
+    layer = ddn.DeclarativeLayer(SPARSE_GROUP, policy=policy)
+    reverse = torch.func.jacrev(layer)(x, w)
+    close(torch.func.jacfwd(layer)(x, w), reverse, 1e-12)
+    found = ddn.sensitivity(SPARSE_GROUP, {"x": x, "w": w}, sparse_group(x, w), policy=policy)
+    close(found.jacobian("u", "x"), reverse, 1e-12)
+    tangent, leaf = rand(N, seed=33), x.clone().requires_grad_()
+    close(found.jvp({"x": tangent})["u"], reverse @ tangent, 1e-12)
+    for differentiable in (False, True):
+        (g,) = torch.autograd.grad(layer(leaf, w) @ tangent, leaf, create_graph=differentiable)
+        close(g.detach(), tangent @ reverse, 1e-12)
+    assert (choice == "manifold") == bool((reverse[sparse_group(x, w) == 0] == 0).all())
+
+
+@pytest.mark.parametrize("name", ["lasso", "group lasso", "total variation", "max", "nested: dead zone"])
+def test_float32_parameters_with_kinks(name):
+    case = PROX[name]
+    results = []
+    for dtype in (torch.float32, D):
+        p = {key: value.float().to(dtype).requires_grad_() for key, value in case.parameters.items()}
+        s = ddn.solve(case.problem, p)
+        assert s.certificate.ok
+        results.append([s["u"], *torch.autograd.grad(s["u"].pow(2).sum(), list(p.values()))])
+    for narrow, wide in zip(*results, strict=True):
+        assert narrow.dtype == torch.float32
+        torch.testing.assert_close(narrow.double(), wide, rtol=1e-6, atol=1e-6)
+
+
 # -- on the boundary of a subdifferential ------------------------------------------------------------------------------
 
 
@@ -891,3 +946,153 @@ def test_the_same_kink_twice_with_unequal_weights(where):
 def test_the_zero_of_a_norm_that_is_no_solution_is_refused(function):
     with pytest.raises(ddn.SensitivityError):
         function(three(torch.linalg.vector_norm), {"x": vector(1, 2, 3)}, torch.zeros(3, dtype=D))
+
+
+DEPENDENT = {
+    # more kinks meet than there are dimensions: the derivative is unique, the forces are not
+    "Linf norm at zero": (lambda u: 8 * torch.linalg.vector_norm(u, math.inf), vector(-0.2, 0.3, 2, -2), {}),
+    "spread at zero": (lambda u: 8 * (u.amax() - u.amin()), vector(-0.2, 0.3, 2, -2), {}),
+    "nonnegative lasso": (lambda u: 0.5 * u.abs().sum(), vector(-0.2, 0.3, 2, -2), {"bounds": {"u": (0, None)}}),
+    "total variation of an image": (
+        lambda u: 0.8 * (u.diff(dim=0).abs().sum() + u.diff(dim=1).abs().sum()), rand(4, 4, seed=1), {},
+    ),
+    "total variation of an image, weak": (
+        lambda u: 0.3 * (u.diff(dim=0).abs().sum() + u.diff(dim=1).abs().sum()), rand(4, 4, seed=1), {},
+    ),
+}  # fmt: skip
+UNLIMITED = "forces of dependent kinks are chosen by norm alone, without the limit of their weights"
+
+
+def dependent(name):
+    phi, at, bounds = DEPENDENT[name]
+    shape = tuple(at.shape)
+    return ddn.Problem(
+        {"u": shape}, {"x": shape}, lambda u, x: half_squares(u, x) + phi(u), **bounds
+    ), at.clone().requires_grad_()
+
+
+@pytest.mark.parametrize("solver", CONVEX)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=UNLIMITED))
+        if name in ("Linf norm at zero", "total variation of an image, weak")
+        else name
+        for name in DEPENDENT
+    ],
+)
+def test_dependent_kinks_leave_the_derivative_unique(name, solver):
+    problem, x = dependent(name)
+    found, _ = quietly(lambda: jacobian(ddn.solve(problem, {"x": x}, solver=solver)["u"].reshape(-1), x))
+    units = torch.eye(x.numel(), dtype=D).reshape(-1, *x.shape)
+    above, below = (
+        ddn.solve(problem, {"x": x.detach() + step * units}, solver="casadi:ipopt")["u"].reshape(
+            len(units), -1
+        )
+        for step in (1e-5, -1e-5)
+    )
+    close(found.reshape(len(units), -1), (above - below).T / 2e-5, 1e-8)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        if name == "spread at zero"
+        else pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=UNLIMITED))
+        for name in DEPENDENT
+    ],
+)
+def test_dependent_kinks_are_no_boundary_and_no_residual(name):
+    problem, x = dependent(name)
+    s = ddn.solve(problem, {"x": x})
+    assert s.residuals.stationarity < 1e-9
+    assert not s.certificate.one_sided
+
+
+ISOTROPIC = ddn.Problem(
+    {"u": (4, 4)}, {"x": (4, 4)},
+    lambda u, x: half_squares(u, x)
+    + 0.5 * torch.stack([u[:-1, :-1] - u[1:, :-1], u[:-1, :-1] - u[:-1, 1:]], -1).norm(dim=-1).sum(),
+)  # fmt: skip
+NEXT_TO_ZERO = (
+    "the piece's Hessian 1/|r| is so large beside a norm's zero that the row-scaled stationarity of a singular "
+    "system hides any force"
+)
+
+
+@pytest.mark.parametrize("solver", [*CONVEX[:2], pytest.param("scipy:SLSQP", marks=pytest.mark.xfail(strict=True, reason=NEXT_TO_ZERO))])  # fmt: skip
+def test_isotropic_total_variation_is_solved_or_refused(solver):
+    x = rand(4, 4, seed=1)
+    reference = ddn.solve(ISOTROPIC, {"x": x}, solver="cvxpy:CLARABEL").objective
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ddn.ConvergenceWarning)
+        s = ddn.solve(ISOTROPIC, {"x": x}, solver=solver, policy=ddn.Policy(on_failure="warn"))
+    if s.converged:
+        close(s.objective, reference)
+        assert s.residuals.stationarity < 1e-8
+
+
+@pytest.mark.xfail(strict=True, reason=NEXT_TO_ZERO)
+def test_a_point_next_to_the_zero_of_a_norm_is_refused():
+    problem = ddn.Problem(
+        {"u": (4,)}, {"x": (2,)}, lambda u, x: half_squares(u[:2], x) + torch.linalg.vector_norm(u[:2])
+    )
+    with pytest.raises(ddn.SensitivityError):
+        ddn.sensitivity(problem, {"x": vector(3, 4)}, vector(1e-13, 0, 0, 0))
+
+
+SQUARE_ROOTS = {
+    "sqrt of square": lambda u: u.square().sqrt().sum(),
+    "pow of pow": lambda u: (u**2).pow(0.5).sum(),
+    "sqrt of product": lambda u: (u * u).sqrt().sum(),
+}
+
+
+@pytest.mark.xfail(
+    strict=True, reason="CasADi simplifies sqrt(u * u) to |u| with slope 0 at 0: accepted, with Dy = 1 and ok"
+)
+@pytest.mark.parametrize("name", SQUARE_ROOTS)
+def test_an_absolute_value_written_as_a_root_is_right_or_refused_at_its_kink(name):
+    zero = torch.zeros(3, dtype=D)
+    try:
+        found = ddn.sensitivity(three(SQUARE_ROOTS[name]), {"x": zero}, zero)
+    except ddn.SensitivityError:
+        return
+    assert not found.certificate.ok or not found.jacobian().any()
+
+
+@pytest.mark.xfail(strict=True, raises=TypeError, reason="pieces._known_order reads eps as dimensions")
+def test_pairwise_distance_with_its_own_eps():
+    problem = three(lambda u: F.pairwise_distance(u[None], torch.zeros(1, 3, dtype=D), eps=0.0).sum())
+    x = vector(1, 2, 2)
+    close(ddn.solve(problem, {"x": x})["u"], x * 2 / 3)
+
+
+ORIGIN = torch.zeros(3, dtype=D)
+BENDS = {
+    # phi, x, u: the second derivative of phi jumps exactly there
+    "huber_loss": (lambda u: F.huber_loss(u, ORIGIN, reduction="sum"), vector(2, 0.5, 9), vector(1, 0.25, 8)),
+    "smooth_l1_loss": (lambda u: F.smooth_l1_loss(u, ORIGIN, reduction="sum"), vector(2, 0.5, 9), vector(1, 0.25, 8)),
+    "elu": (lambda u: F.elu(u).sum(), vector(1, 3, 4), vector(0, 2, 3)),
+}  # fmt: skip
+
+
+@pytest.mark.xfail(
+    strict=True, reason="these bends have no rows: ok, two-sided; huber_loss gives 4/7, neither 1/2 nor 1"
+)
+@pytest.mark.parametrize("name", BENDS)
+def test_bends_of_other_operations_are_one_sided(name):
+    phi, x, u = BENDS[name]
+    problem = three(phi)
+    found = ddn.sensitivity(problem, {"x": x}, u)
+    assert found.certificate.one_sided
+    assert not found.certificate.ok
+
+
+@pytest.mark.xfail(strict=True, reason="each |u| is a kink of its own; that their weights cancel is not seen")
+def test_kinks_that_cancel_are_smooth():
+    """The 'fair' loss |u| - log(1 + |u|) has the second derivative 1 / (1 + |u|)^2."""
+    zero = torch.zeros(3, dtype=D)
+    found = ddn.sensitivity(three(lambda u: (u.abs() - u.abs().log1p()).sum()), {"x": zero}, zero)
+    close(found.jacobian(), EYE / 2)

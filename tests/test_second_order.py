@@ -580,3 +580,25 @@ def _resident(field):
     """A field of /proc/self/status, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
+
+
+def test_an_attached_point_and_its_multiplier_are_differentiable_twice():
+    """Though ``attach`` got no multiplier, and returns the given point itself."""
+    problem, parameters, _, _, _ = ONE_FORM["sphere-of-parametric-radius"]
+    weights = rand(N, seed=6)
+
+    def ours(x, r):
+        s = ddn.attach(problem, {"x": x, "r": r}, sphere(x, r)[0].detach())
+        return (weights * s["u"]).sum() + s["u"].pow(3).sum() + s.dual.equality["c"].square() + s.objective
+
+    def theirs(x, r):
+        u, nu = sphere(x, r)
+        return (weights * u).sum() + u.pow(3).sum() + nu.square() + 0.5 * (u - x).square().sum()
+
+    values = tuple(parameters.values())
+    expected = torch.autograd.functional.hessian(theirs, values)
+    for a, b in zip(torch.autograd.functional.hessian(ours, values), expected, strict=True):
+        for found, wanted in zip(a, b, strict=True):
+            close(found, wanted)
+    transformed = torch.func.hessian(ours)(*values)
+    close(transformed, expected[0][0])
