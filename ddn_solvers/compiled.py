@@ -35,15 +35,19 @@ from typing import Any, Protocol
 import torch
 
 from ddn_solvers.binding import Binding, bind
-from ddn_solvers.errors import SensitivityError
+from ddn_solvers.errors import SensitivityError, TraceError
 from ddn_solvers.implicit import Operation, Outputs, check_derivative, vjp
-from ddn_solvers.kkt.conditions import Cotangents
+from ddn_solvers.kkt.derivative import Cotangents
 from ddn_solvers.policy import Policy, as_policy
 from ddn_solvers.problem import Problem
 from ddn_solvers.program import Program, compile_program
 from ddn_solvers.search import Search
 from ddn_solvers.solve import Solver, as_options, conclude, routes, warn_if_callbacks
 
+_SECOND_ORDER = (
+    "a compiled layer has no second derivative (create_graph=True, double backward): leave torch.compile out, eager has "
+    "derivatives of any order"
+)
 _MAX_RULES = 16  # programs and policies a layer remembers for backward passes that are still to come
 
 
@@ -58,6 +62,8 @@ class Layer(Protocol):
 
     def _own_captures(self) -> dict[str, Any]: ...
 
+    def _rebound(self) -> list[str]: ...
+
 
 # -- what a graph refers to by number -----------------------------------------------------------------
 
@@ -71,7 +77,7 @@ def _numbered(value: Any) -> torch.Tensor:
     """A number for ``value``, good while somebody holds it."""
     number = next(_NUMBERS)
     _NUMBERED[number] = value
-    return torch.tensor(number)
+    return torch.tensor(number, device="cpu")
 
 
 @dataclass(eq=False)
@@ -99,6 +105,11 @@ class Front:
         n, m = program.variables.size, program.smooth.rows
         self.sizes = (n, m, m - program.constraints, m - program.equality.size + 2 * n)
         self.anchors = tuple({a.anchor: None for a in program.graph.captures if a.anchor is not None})
+        self.signature = (
+            self.sizes,
+            tuple((block.name, block.shape) for block in program.parameters),
+            tuple((a.name, a.anchor, a.steps) for a in program.graph.captures),
+        )
         self.number = _numbered(self)
         self._rules: list[Rule] = []
 
@@ -117,6 +128,12 @@ class Front:
 # -- what Dynamo traces -------------------------------------------------------------------------------
 
 
+def first_order() -> bool:
+    """Whether neither a torch.func transform nor forward mode is at work, in which the operators would be wrong."""
+    transformed: bool = torch._C._are_functorch_transforms_active()
+    return not transformed and torch.autograd.forward_ad._current_level < 0
+
+
 def forward(layer: Layer, parameters: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
     """The variables of the layer's solution, out of operations that a graph can hold."""
     front = layer._front
@@ -132,6 +149,27 @@ def forward(layer: Layer, parameters: Mapping[str, Any]) -> tuple[torch.Tensor, 
 # -- operators ----------------------------------------------------------------------------------------
 
 
+def _current_program(front: Front, layer: Layer) -> Program:
+    """The program for what is captured now, if the graph's inputs are its own still.
+
+    Raises:
+        TraceError: They are not; the next call will compile anew.
+    """
+    rebound = layer._rebound()
+    program = compile_program(layer.problem, layer._own_captures())
+    if program is front.program and not rebound:
+        return program
+    now = Front(layer, program)
+    if now.signature != front.signature:
+        layer._front = now
+    elif not rebound:
+        return program
+    names = ", ".join(rebound) or ", ".join(block.name for block in program.parameters) or "nothing"
+    raise TraceError(
+        f"what the layer's functions capture is no longer what was compiled (now: {names}). The next call compiles anew."
+    )
+
+
 @torch.library.custom_op("ddn_solvers::solve", mutates_args=())
 def _solve(
     layer: torch.Tensor,
@@ -143,11 +181,10 @@ def _solve(
     """``Outputs`` for the blocks, and the number of the rule of their derivative."""
     started = time.perf_counter()
     front: Front | None = _NUMBERED.get(int(layer))
-    if front is None:
-        raise SensitivityError("the layer is gone")
-    module = front.layer()
-    own = module._own_captures()
-    program = compile_program(module.problem, own)
+    module = front.layer() if front is not None else None
+    if front is None or module is None:
+        raise TraceError("compiled code refers to a layer that no longer exists")
+    program = _current_program(front, module)
     warn_if_callbacks(program)
     binding = Binding(tuple(blocks), tuple(batch), dtype, torch.device("cpu"))
     policy = as_policy(module.policy)
@@ -177,16 +214,24 @@ def _(
 ) -> list[torch.Tensor]:
     n, m, kinks, sides = sizes
     B = math.prod(batch)
-    real = [(B, n), (B, m), (B, n), (B, n), (B,), (B, kinks)]
-    masks = [(B, sides), (B, sides), (B, 2)]
-    return [
-        *(torch.empty(shape, dtype=torch.float64) for shape in real),
-        *(torch.empty(shape, dtype=torch.bool) for shape in masks),
-        torch.empty(B, dtype=torch.float64),
-        torch.empty(B, dtype=torch.bool),
-        torch.empty(B, 3, dtype=torch.float64),
-        torch.empty((), dtype=torch.int64),
-    ]
+    widths = {
+        "z": [n],
+        "y": [m],
+        "lower": [n],
+        "upper": [n],
+        "pieces": [kinks],
+        "sides": [sides],
+        "weak": [sides],
+    }
+    widths["residuals"] = [3]
+    masks = ("sides", "weak", "singular", "converged")
+    outputs = (
+        torch.empty(
+            (B, *widths.get(name, ())), dtype=torch.bool if name in masks else torch.float64, device="cpu"
+        )
+        for name in Outputs._fields
+    )
+    return [*outputs, torch.empty((), dtype=torch.int64, device="cpu")]
 
 
 @torch.library.custom_op("ddn_solvers::adjoint", mutates_args=())
@@ -194,9 +239,16 @@ def _adjoint(
     rule: torch.Tensor, blocks: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], v: torch.Tensor
 ) -> list[torch.Tensor]:
     """Gradients of the blocks for a cotangent v (B, n) of z."""
+    if (
+        torch.is_grad_enabled()
+    ):  # create_graph=True; torch itself drops such a second order where it does not refuse it
+        raise SensitivityError(_SECOND_ORDER)
     by: Rule | None = _NUMBERED.get(int(rule))
     if by is None:
-        raise SensitivityError("the rule is gone")
+        raise SensitivityError(
+            "what the layer's functions captured, or its policy, has changed too often since the forward pass, or the "
+            "layer no longer exists"
+        )
     at = Outputs(*outputs)
     operation = Operation.resumed(by.program, by.policy, blocks, at)
     check_derivative(by.policy, operation.established())
@@ -225,7 +277,7 @@ def _backward(ctx: Any, cotangents: list[torch.Tensor | None]) -> tuple[Any, ...
 
 
 def _refuse(ctx: Any, *_: Any) -> tuple[Any, ...]:
-    raise SensitivityError("second order")
+    raise SensitivityError(_SECOND_ORDER)
 
 
 _solve.register_autograd(_backward, setup_context=_save)

@@ -17,6 +17,7 @@ from ddn_solvers.problem import Problem, as_problem
 from ddn_solvers.program import compile_program
 from ddn_solvers.solution import DualSolution, Solution
 from ddn_solvers.solve import Solver, as_options, routes, solve_captured
+from ddn_solvers.uncompiled import uncompiled
 
 
 class DeclarativeLayer(torch.nn.Module):
@@ -81,13 +82,17 @@ class DeclarativeLayer(torch.nn.Module):
         Raises:
             ProblemError, SolveError: As ``ddn.solve``.
         """
-        if torch.compiler.is_compiling():
+        plain = initial is None and warm_start is None and policy is None and not self.warm_start
+        if torch.compiler.is_compiling() and plain and compiled.first_order():
             values = compiled.forward(self, self._by_name(parameters, by_name))
-            return values[0] if len(values) == 1 else values
-        solution = self.solve(*parameters, initial=initial, warm_start=warm_start, policy=policy, **by_name)
-        values = tuple(solution.primal.values())
+        else:
+            solution = self.solve(
+                *parameters, initial=initial, warm_start=warm_start, policy=policy, **by_name
+            )
+            values = tuple(solution.primal.values())
         return values[0] if len(values) == 1 else values
 
+    @uncompiled
     def solve(
         self,
         *parameters: Any,
@@ -140,21 +145,26 @@ class DeclarativeLayer(torch.nn.Module):
         self._origins[accessor.anchor] = _Origin(accessor, value)
         setattr(self, accessor.anchor, value)  # registers a module as child, a Parameter as parameter
 
+    def _rebound(self) -> list[str]:
+        """Names that refer to another object by now than the one that was registered."""
+        return [name for name, origin in self._origins.items() if origin.rebound()]
+
     def _own_captures(self) -> dict[str, Any]:
         """The layer's own objects; one whose name was rebound at its source since is adopted anew."""
-        for origin in self._origins.values():
-            if origin.rebound():
-                self._adopt(origin.accessor)
+        for name in self._rebound():
+            self._adopt(self._origins[name].accessor)
         return {name: getattr(self, name) for name in self._origins}
 
     # -- copies -----------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_previous", "_origins")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_previous", "_origins", "_front")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "_previous": None, "_origins": {}})  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        for accessor in compile_program(self.problem).graph.seen.inputs:
+        program = compile_program(self.problem)
+        self._front = compiled.Front(self, program)
+        for accessor in program.graph.seen.inputs:
             if accessor.anchor is not None:
                 self._origins[accessor.anchor] = _Origin(accessor, accessor.read_anchor())
 

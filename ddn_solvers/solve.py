@@ -33,6 +33,7 @@ from ddn_solvers.problem import Problem, as_problem
 from ddn_solvers.program import Program, compile_program
 from ddn_solvers.search import Route, Search
 from ddn_solvers.solution import Solution, Stats, Status
+from ddn_solvers.uncompiled import uncompiled
 
 Solver = str | Sequence[str]
 
@@ -46,6 +47,7 @@ AUTO: Mapping[ProblemClass, tuple[str, ...]] = {
 AUTO_NONSMOOTH = ("cvxpy:CLARABEL", "casadi:ipopt", "scipy:SLSQP")
 
 
+@uncompiled
 def solve(
     problem: Problem | Mapping[str, Any],
     parameters: Mapping[str, Any] | None = None,
