@@ -89,7 +89,7 @@ def polish(program: Program, bound: Bound, start: PrimalDual, linear_solver: Any
         singular[samples], condition[samples] = system.singular.numpy(), system.condition.numpy()
         with np.errstate(invalid="ignore"):
             better = tried.scaled < before.scaled
-        corrected = _corrected(active, tried)
+        corrected = _corrected(active, tried, system.singular.numpy())
         changed = (corrected.sides != active.sides).any(axis=1) & np.isfinite(tried.scaled)
         working = replace(working, sides=_put(working.sides, samples, corrected.sides, changed))
         best = _put_evaluation(best, samples, tried, better)
@@ -129,8 +129,10 @@ def with_bound_multipliers(evaluation: Evaluation, active: ActiveSet) -> PrimalD
     return replace(evaluation.point, lower=lower, upper=upper)
 
 
-def _corrected(active: ActiveSet, tried: Evaluation) -> ActiveSet:
-    leave = tried.scaled_multiplier < -_SIGN
+def _corrected(active: ActiveSet, tried: Evaluation, singular: Mask) -> ActiveSet:
+    # Dependent rows that contradict each other meet half-way: those that are left with slack do not bind.
+    apart = singular[:, None] & (tried.scaled_slack > _SIGN)
+    leave = (tried.scaled_multiplier < -_SIGN) | apart
     join = tried.scaled_slack < -_SIGN
     if tried.program.pieces is not None:
         join[:, kink_sides(tried)] &= ~tried.idle_kinks
