@@ -1096,3 +1096,24 @@ def test_kinks_that_cancel_are_smooth():
     zero = torch.zeros(3, dtype=D)
     found = ddn.sensitivity(three(lambda u: (u.abs() - u.abs().log1p()).sum()), {"x": zero}, zero)
     close(found.jacobian(), EYE / 2)
+
+
+OVERLAPPING = ddn.Problem(
+    {"u": (6,)}, {"x": (6,)},
+    lambda u, x: half_squares(u, x) + 3 * u.reshape(2, 3).norm(dim=1).sum() + 0.5 * u[:3].norm(),
+    inequality=lambda u: u.abs().amax() - 2,
+)  # fmt: skip
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="NaN in the Hessian on the kink: numpy's LinAlgError out of kkt.curvature, or a residual of 3",
+)
+@pytest.mark.parametrize("solver", ["scipy:SLSQP", "casadi:ipopt"])
+def test_overlapping_norms_that_vanish_together(solver):
+    x = vector(1.4, 1.3, 0.5, -0.8, -1.1, -0.2).requires_grad_()
+    s = ddn.solve(OVERLAPPING, {"x": x}, solver=solver)
+    close(s["u"], torch.zeros(6, dtype=D))
+    assert s.residuals.stationarity < 1e-8
+    found, _ = quietly(lambda: jacobian(s["u"], x))
+    close(found, torch.zeros(6, 6, dtype=D))
