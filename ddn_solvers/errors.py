@@ -54,7 +54,9 @@ class ProblemError(DDNError, ValueError):
         if got is not None:
             parts.append(f"got {got}")
         message = "; ".join(parts)
-        super().__init__(f"{message}. {fix}" if fix else message)
+        self.args = (
+            f"{message}. {fix}" if fix else message,
+        )  # Dynamo can trace this, but no super().__init__()
 
 
 class TraceError(DDNError):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ddn_solvers import compiled
 from ddn_solvers.captures import Accessor
 from ddn_solvers.errors import ProblemError
 from ddn_solvers.policy import Policy, as_policy
@@ -16,6 +17,7 @@ from ddn_solvers.problem import Problem, as_problem
 from ddn_solvers.program import compile_program
 from ddn_solvers.solution import DualSolution, Solution
 from ddn_solvers.solve import Solver, as_options, routes, solve_captured
+from ddn_solvers.uncompiled import uncompiled
 
 
 class DeclarativeLayer(torch.nn.Module):
@@ -55,6 +57,7 @@ class DeclarativeLayer(torch.nn.Module):
         program = compile_program(self.problem)
         routes(solver, program)
         self._register_captures(program.graph.seen.inputs)
+        self._front = compiled.Front(self, program)
 
     def forward(
         self,
@@ -79,10 +82,17 @@ class DeclarativeLayer(torch.nn.Module):
         Raises:
             ProblemError, SolveError: As ``ddn.solve``.
         """
-        solution = self.solve(*parameters, initial=initial, warm_start=warm_start, policy=policy, **by_name)
-        values = tuple(solution.primal.values())
+        plain = initial is None and warm_start is None and policy is None and not self.warm_start
+        if torch.compiler.is_compiling() and plain and compiled.first_order():
+            values = compiled.forward(self, self._by_name(parameters, by_name))
+        else:
+            solution = self.solve(
+                *parameters, initial=initial, warm_start=warm_start, policy=policy, **by_name
+            )
+            values = tuple(solution.primal.values())
         return values[0] if len(values) == 1 else values
 
+    @uncompiled
     def solve(
         self,
         *parameters: Any,
@@ -92,16 +102,7 @@ class DeclarativeLayer(torch.nn.Module):
         **by_name: Any,
     ) -> Solution:
         """The same with everything that is known about the solution; see ``Solution``."""
-        declared = list(self.problem.parameters)
-        if len(parameters) > len(declared):
-            raise ProblemError(
-                "too many parameters", expected=", ".join(declared) or "none", got=len(parameters)
-            )
-        positional = dict(zip(declared, parameters, strict=False))
-        twice = sorted(set(positional) & set(by_name))
-        if twice:
-            raise ProblemError(f"parameter {twice[0]!r} is given both by position and by name")
-        values = {**positional, **by_name}
+        values = self._by_name(parameters, by_name)
         remembers = self.warm_start and warm_start is None and initial is None
         if remembers and self._previous is not None and _same_batch(self._previous, values, self.problem):
             warm_start = self._previous
@@ -119,6 +120,18 @@ class DeclarativeLayer(torch.nn.Module):
             self._previous = _detached(solution)
         return solution
 
+    def _by_name(self, parameters: tuple[Any, ...], by_name: dict[str, Any]) -> dict[str, Any]:
+        declared = list(self.problem.parameters)
+        if len(parameters) > len(declared):
+            raise ProblemError(
+                "too many parameters", expected=", ".join(declared) or "none", got=len(parameters)
+            )
+        positional = dict(zip(declared, parameters, strict=False))
+        twice = sorted(set(positional) & set(by_name))
+        if twice:
+            raise ProblemError(f"parameter {twice[0]!r} is given both by position and by name")
+        return {**positional, **by_name}
+
     # -- captured modules and Parameters ----------------------------------------------------------
 
     def _register_captures(self, accessors: tuple[Accessor, ...]) -> None:
@@ -132,21 +145,26 @@ class DeclarativeLayer(torch.nn.Module):
         self._origins[accessor.anchor] = _Origin(accessor, value)
         setattr(self, accessor.anchor, value)  # registers a module as child, a Parameter as parameter
 
+    def _rebound(self) -> list[str]:
+        """Names that refer to another object by now than the one that was registered."""
+        return [name for name, origin in self._origins.items() if origin.rebound()]
+
     def _own_captures(self) -> dict[str, Any]:
         """The layer's own objects; one whose name was rebound at its source since is adopted anew."""
-        for origin in self._origins.values():
-            if origin.rebound():
-                self._adopt(origin.accessor)
+        for name in self._rebound():
+            self._adopt(self._origins[name].accessor)
         return {name: getattr(self, name) for name in self._origins}
 
     # -- copies -----------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_previous", "_origins")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_previous", "_origins", "_front")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "_previous": None, "_origins": {}})  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        for accessor in compile_program(self.problem).graph.seen.inputs:
+        program = compile_program(self.problem)
+        self._front = compiled.Front(self, program)
+        for accessor in program.graph.seen.inputs:
             if accessor.anchor is not None:
                 self._origins[accessor.anchor] = _Origin(accessor, accessor.read_anchor())
 

@@ -26,13 +26,14 @@ from ddn_solvers.errors import (
     SolveError,
     warn_caller,
 )
-from ddn_solvers.implicit import Operation, apply
+from ddn_solvers.implicit import Operation, Outputs, apply
 from ddn_solvers.layout import Layout
 from ddn_solvers.policy import Policy, as_policy
 from ddn_solvers.problem import Problem, as_problem
 from ddn_solvers.program import Program, compile_program
 from ddn_solvers.search import Route, Search
 from ddn_solvers.solution import Solution, Stats, Status
+from ddn_solvers.uncompiled import uncompiled
 
 Solver = str | Sequence[str]
 
@@ -46,6 +47,7 @@ AUTO: Mapping[ProblemClass, tuple[str, ...]] = {
 AUTO_NONSMOOTH = ("cvxpy:CLARABEL", "casadi:ipopt", "scipy:SLSQP")
 
 
+@uncompiled
 def solve(
     problem: Problem | Mapping[str, Any],
     parameters: Mapping[str, Any] | None = None,
@@ -111,9 +113,19 @@ def solve_captured(
         initial=flat_point(program.variables, start, binding.batch) if start else None,
         warm_start=_warm_points(program, warm_start, binding),
     )
-    operation = Operation(program, policy, search.find)
-    search.operation = operation
-    outputs = apply(operation, binding.blocks)
+    search.operation = Operation(program, policy, search.find)
+    return conclude(search, binding, apply(search.operation, binding.blocks), started)
+
+
+def conclude(search: Search, binding: Binding, outputs: Outputs, started: float) -> Solution:
+    """What a search has found, as the caller's ``Solution``; failures as the policy says.
+
+    Args:
+        started: When the call began, by ``time.perf_counter``.
+
+    Raises:
+        SolveError: As ``solve``.
+    """
     stats = Stats(
         tuple(search.backend),
         tuple(search.method),
@@ -124,10 +136,10 @@ def solve_captured(
 
     def certificate() -> Certificate:
         assert search.verified is not None
-        return certify(search.verified, policy, binding.batch, np.zeros(len(search.status)))
+        return certify(search.verified, search.policy, binding.batch, np.zeros(len(search.status)))
 
-    solution = assemble(program, binding, outputs, tuple(search.status), stats, certificate)
-    report_failures(solution, search, policy)
+    solution = assemble(search.program, binding, outputs, tuple(search.status), stats, certificate)
+    report_failures(solution, search, search.policy)
     return solution
 
 

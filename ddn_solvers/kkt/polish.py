@@ -16,6 +16,7 @@ import torch
 
 from ddn_solvers.active_set import ActiveSet, fixed_by_bounds, identify, kink_sides, settled
 from ddn_solvers.arrays import Array, Index, Mask
+from ddn_solvers.kkt.multipliers import without_cancellation
 from ddn_solvers.kkt.system import System
 from ddn_solvers.program import Program
 from ddn_solvers.residuals import Bound, Evaluation, PrimalDual
@@ -50,8 +51,8 @@ class Polished:
 def kkt_system(evaluation: Evaluation, active: ActiveSet, **options: Any) -> System:
     """The KKT system at a batch of points, for the active set ``active``."""
     return System(
-        torch.from_numpy(evaluation.hessian),
-        torch.from_numpy(evaluation.jacobian),
+        evaluation.H,
+        evaluation.J,
         torch.from_numpy(active.constraints),
         torch.from_numpy(active.fixed),
         **options,
@@ -60,9 +61,9 @@ def kkt_system(evaluation: Evaluation, active: ActiveSet, **options: Any) -> Sys
 
 def polish(program: Program, bound: Bound, start: PrimalDual, linear_solver: Any = "auto") -> Polished:
     """Polish a batch of points; a sample that Newton's method does not improve stays as it is."""
-    best = Evaluation.at(program, bound, start)
+    best = without_cancellation(Evaluation.at(program, bound, start))
     working = identify(best, 0.0)
-    best = settled(best, working)
+    best = _where_finite(best, settled(best, working))
     batch = len(start.z)
     predicted, condition = np.full(batch, np.inf), np.full(batch, np.inf)
     singular = np.zeros(batch, dtype=bool)
@@ -75,6 +76,10 @@ def polish(program: Program, bound: Bound, start: PrimalDual, linear_solver: Any
         active = working.take(samples)
         before = best.take(samples)
         here = settled(before, active)
+        defined = np.isfinite(here.scaled)
+        if not defined.all():  # at the zero of a norm that holds nothing
+            open_[samples[~defined]] = False
+            continue
         system = kkt_system(here, active, linear_solver=linear_solver)
         whole = system if whole is None and len(samples) == batch else whole
         tried, predicted[samples] = _newton_step(here, active, system)
@@ -87,6 +92,12 @@ def polish(program: Program, bound: Bound, start: PrimalDual, linear_solver: Any
         best = _put_evaluation(best, samples, tried, better)
         open_[samples] = changed | (better & (predicted[samples] > _CONVERGED))
     return Polished(best, predicted, singular, condition, whole, first)
+
+
+def _where_finite(before: Evaluation, after: Evaluation) -> Evaluation:
+    """``after`` for the samples where it has finite residuals."""
+    defined = np.isfinite(after.scaled)
+    return after if defined.all() else _put_evaluation(before, np.arange(len(defined)), after, defined)
 
 
 def _newton_step(here: Evaluation, active: ActiveSet, system: System) -> tuple[Evaluation, Array]:

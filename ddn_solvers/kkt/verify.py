@@ -93,14 +93,20 @@ def verify(
             point = canonical_multipliers(evaluation, active)
             evaluation = Evaluation.at(program, bound, point)
             active = identify(evaluation, tolerance)
-        evaluation = settled(evaluation, active)
+        there = settled(evaluation, active)
+        singular, condition = polished.singular, polished.condition
+        if there is not evaluation:  # other pieces, another matrix
+            system = kkt_system(there, active, linear_solver=policy.linear_solver)
+            singular, condition = system.singular.numpy(), system.condition.numpy()
+        evaluation = there
         kinks = _kinks(evaluation)
-        singular = polished.singular | (evaluation.vanishing & active.constraints).any(axis=1)
+        singular = singular | (evaluation.vanishing & active.constraints).any(axis=1)
         bent = np.zeros(len(start.z), dtype=bool)
         if minimum and program.may_be_nonconvex and not surely_minimal(evaluation, active):
-            bent = curvature(evaluation, active).negative
+            finite = np.flatnonzero(np.isfinite(evaluation.scaled))
+            bent[finite] = curvature(evaluation.take(finite), active.take(finite)).negative
     reusable = not singular.any() and np.array_equal(polished.working.sides, active.sides)
-    system = polished.system if reusable else None
+    nearby = polished.system if reusable else None
     status, reasons = [], []
     for i in range(len(start.z)):
         numbers = {
@@ -113,7 +119,7 @@ def verify(
         )
         status.append(verdict)
         reasons.append(reason)
-    return Verified(evaluation, active, singular, polished.condition, tuple(status), tuple(reasons), system)
+    return Verified(evaluation, active, singular, condition, tuple(status), tuple(reasons), nearby)
 
 
 def on_chosen_pieces(verified: Verified, policy: Policy) -> Verified:

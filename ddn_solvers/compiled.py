@@ -1,0 +1,284 @@
+"""The compiled-graph front: a layer under ``torch.compile``, as two opaque operators over the eager core.
+
+Dynamo cannot look into a solve, and it refuses an ``autograd.Function`` with a jvp. So what it traces is
+
+    blocks   = bind(parameters, captured tensors)          torch operations
+    outputs  = ddn_solvers::solve(layer, blocks)           the search and its verification, as in eager
+    solution = give_back(outputs.z)                        torch operations
+
+and the derivative of the middle line is ``ddn_solvers::adjoint(outputs, blocks, v)``. Both operators are
+functions of their tensors, as compilers assume: what goes from one to the other is the eager operation's
+``Outputs``, which determine its backward, and ``adjoint`` factors the KKT systems of that very point. Nothing
+is solved again, and nothing is kept on the side that could be stale, or gone, when a graph packs, moves or
+recomputes what it saved for backward.
+
+What a graph cannot hold, it names by number. The layer's number is a tensor, so that it is an input of the
+graph and all copies of a model share their compiled code. ``solve`` also returns the number of the ``Rule``,
+program and policy, by which the point is to be differentiated: captured constants and the layer's policy may
+be others by the time of the backward.
+
+Compiled is first order. In eager these operators are never called: there ``torch.func.grad`` fails on them
+and ``torch.func.jvp`` returns zeros without a word.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from ddn_solvers.binding import Binding, bind
+from ddn_solvers.errors import SensitivityError, TraceError
+from ddn_solvers.implicit import Operation, Outputs, check_derivative, vjp
+from ddn_solvers.kkt.derivative import Cotangents
+from ddn_solvers.policy import Policy, as_policy
+from ddn_solvers.problem import Problem
+from ddn_solvers.program import Program, compile_program
+from ddn_solvers.search import Search
+from ddn_solvers.solve import Solver, as_options, conclude, routes, warn_if_callbacks
+
+_SECOND_ORDER = (
+    "a compiled layer has no second derivative (create_graph=True, double backward): leave torch.compile out, eager has "
+    "derivatives of any order"
+)
+_MAX_RULES = 16  # programs and policies a layer remembers for backward passes that are still to come
+
+
+class Layer(Protocol):
+    """What is needed of a ``DeclarativeLayer``."""
+
+    problem: Problem
+    solver: Solver
+    options: Mapping[str, Any] | None
+    policy: Policy | None
+    _front: Front
+
+    def _own_captures(self) -> dict[str, Any]: ...
+
+    def _rebound(self) -> list[str]: ...
+
+
+# -- what a graph refers to by number -----------------------------------------------------------------
+
+
+_NUMBERED: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_NUMBERS = itertools.count()
+_LOCK = threading.Lock()
+
+
+def _numbered(value: Any) -> torch.Tensor:
+    """A number for ``value``, good while somebody holds it."""
+    number = next(_NUMBERS)
+    _NUMBERED[number] = value
+    return torch.tensor(number, device="cpu")
+
+
+@dataclass(eq=False)
+class Rule:
+    """By what a point is differentiated."""
+
+    program: Program
+    policy: Policy
+
+    def __post_init__(self) -> None:
+        self.number = _numbered(self)
+
+
+class Front:
+    """A layer as compiled code sees it: its number, and the program whose shapes are traced.
+
+    Attributes:
+        number: () int64.
+        sizes: n variables, m rows of c, kinks, and sides of the active set: the widths of ``Outputs``.
+        anchors: Names under which the layer holds what the program's functions capture.
+    """
+
+    def __init__(self, layer: Layer, program: Program) -> None:
+        self.layer, self.program = weakref.ref(layer), program
+        n, m = program.variables.size, program.smooth.rows
+        self.sizes = (n, m, m - program.constraints, m - program.equality.size + 2 * n)
+        self.anchors = tuple({a.anchor: None for a in program.graph.captures if a.anchor is not None})
+        self.signature = (
+            self.sizes,
+            tuple((block.name, block.shape) for block in program.parameters),
+            tuple((a.name, a.anchor, a.steps) for a in program.graph.captures),
+        )
+        self.number = _numbered(self)
+        self._rules: list[Rule] = []
+
+    def rule(self, program: Program, policy: Policy) -> Rule:
+        """The one rule of this program and policy; the layer remembers the last few."""
+        with _LOCK:
+            for rule in self._rules:
+                if rule.program is program and rule.policy == policy:
+                    break
+            else:
+                rule = Rule(program, policy)
+            self._rules = [*(r for r in self._rules if r is not rule), rule][-_MAX_RULES:]
+            return rule
+
+
+# -- what Dynamo traces -------------------------------------------------------------------------------
+
+
+def first_order() -> bool:
+    """Whether neither a torch.func transform nor forward mode is at work, in which the operators would be wrong."""
+    transformed: bool = torch._C._are_functorch_transforms_active()
+    return not transformed and torch.autograd.forward_ad._current_level < 0
+
+
+def forward(layer: Layer, parameters: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
+    """The variables of the layer's solution, out of operations that a graph can hold."""
+    front = layer._front
+    program = front.program
+    own = {name: getattr(layer, name) for name in front.anchors}
+    captured = [accessor.read(own) for accessor in program.graph.captures]
+    binding = bind(program, parameters, captured, {}, ())
+    z = _solve(front.number, list(binding.blocks), list(binding.batch), binding.dtype, list(front.sizes))[0]
+    values = program.variables.split(binding.give_back(z, program.variables.size))
+    return tuple(values.values())
+
+
+# -- operators ----------------------------------------------------------------------------------------
+
+
+def _current_program(front: Front, layer: Layer) -> Program:
+    """The program for what is captured now, if the graph's inputs are its own still.
+
+    Raises:
+        TraceError: They are not; the next call will compile anew.
+    """
+    rebound = layer._rebound()
+    program = compile_program(layer.problem, layer._own_captures())
+    if program is front.program and not rebound:
+        return program
+    now = Front(layer, program)
+    if now.signature != front.signature:
+        layer._front = now
+    elif not rebound:
+        return program
+    names = ", ".join(rebound) or ", ".join(block.name for block in program.parameters) or "nothing"
+    raise TraceError(
+        f"what the layer's functions capture is no longer what was compiled (now: {names}). The next call compiles anew."
+    )
+
+
+@torch.library.custom_op("ddn_solvers::solve", mutates_args=())
+def _solve(
+    layer: torch.Tensor,
+    blocks: Sequence[torch.Tensor],
+    batch: Sequence[int],
+    dtype: torch.dtype,
+    sizes: Sequence[int],
+) -> list[torch.Tensor]:
+    """``Outputs`` for the blocks, and the number of the rule of their derivative."""
+    started = time.perf_counter()
+    front: Front | None = _NUMBERED.get(int(layer))
+    module = front.layer() if front is not None else None
+    if front is None or module is None:
+        raise TraceError("compiled code refers to a layer that no longer exists")
+    program = _current_program(front, module)
+    warn_if_callbacks(program)
+    binding = Binding(tuple(blocks), tuple(batch), dtype, torch.device("cpu"))
+    policy = as_policy(module.policy)
+    search = Search(
+        program=program,
+        policy=policy,
+        dtype=dtype,
+        samples=binding.samples,
+        routes=routes(module.solver, program),
+        options=as_options(module.options),
+        initial=None,
+        warm_start=None,
+    )
+    search.operation = Operation(program, policy, search.find)
+    outputs = search.find(tuple(block.numpy() for block in blocks))
+    conclude(search, binding, outputs, started)
+    return [*outputs, front.rule(program, policy).number.clone()]
+
+
+@_solve.register_fake
+def _(
+    layer: torch.Tensor,
+    blocks: Sequence[torch.Tensor],
+    batch: Sequence[int],
+    dtype: torch.dtype,
+    sizes: Sequence[int],
+) -> list[torch.Tensor]:
+    n, m, kinks, sides = sizes
+    B = math.prod(batch)
+    widths = {
+        "z": [n],
+        "y": [m],
+        "lower": [n],
+        "upper": [n],
+        "pieces": [kinks],
+        "sides": [sides],
+        "weak": [sides],
+    }
+    widths["residuals"] = [3]
+    masks = ("sides", "weak", "singular", "converged")
+    outputs = (
+        torch.empty(
+            (B, *widths.get(name, ())), dtype=torch.bool if name in masks else torch.float64, device="cpu"
+        )
+        for name in Outputs._fields
+    )
+    return [*outputs, torch.empty((), dtype=torch.int64, device="cpu")]
+
+
+@torch.library.custom_op("ddn_solvers::adjoint", mutates_args=())
+def _adjoint(
+    rule: torch.Tensor, blocks: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], v: torch.Tensor
+) -> list[torch.Tensor]:
+    """Gradients of the blocks for a cotangent v (B, n) of z."""
+    if (
+        torch.is_grad_enabled()
+    ):  # create_graph=True; torch itself drops such a second order where it does not refuse it
+        raise SensitivityError(_SECOND_ORDER)
+    by: Rule | None = _NUMBERED.get(int(rule))
+    if by is None:
+        raise SensitivityError(
+            "what the layer's functions captured, or its policy, has changed too often since the forward pass, or the "
+            "layer no longer exists"
+        )
+    at = Outputs(*outputs)
+    operation = Operation.resumed(by.program, by.policy, blocks, at)
+    check_derivative(by.policy, operation.established())
+    zeros = (torch.zeros_like(t) for t in (at.y, at.lower, at.upper, at.objective))
+    return vjp(operation, blocks, at, Cotangents(v.contiguous(), *zeros))
+
+
+@_adjoint.register_fake
+def _(
+    rule: torch.Tensor, blocks: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], v: torch.Tensor
+) -> list[torch.Tensor]:
+    return [torch.empty_like(block) for block in blocks]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
+    _, blocks, *_ = inputs
+    ctx.blocks = len(blocks)
+    ctx.save_for_backward(*blocks, *output)
+
+
+def _backward(ctx: Any, cotangents: list[torch.Tensor | None]) -> tuple[Any, ...]:
+    blocks, (*outputs, rule) = ctx.saved_tensors[: ctx.blocks], ctx.saved_tensors[ctx.blocks :]
+    v = cotangents[0]
+    gradients = _adjoint(rule, list(blocks), list(outputs), v)
+    return None, gradients, None, None, None
+
+
+def _refuse(ctx: Any, *_: Any) -> tuple[Any, ...]:
+    raise SensitivityError(_SECOND_ORDER)
+
+
+_solve.register_autograd(_backward, setup_context=_save)
+_adjoint.register_autograd(_refuse)
