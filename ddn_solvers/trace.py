@@ -177,7 +177,8 @@ def _tidy_norms(module: fx.GraphModule) -> None:
         inside = node.args[0] if node.args else None
         if not isinstance(inside, fx.Node) or inside.kwargs:
             continue
-        name, (*rest,) = operation_name(inside), inside.args
+        name = operation_name(inside)
+        rest: list[Any] = list(inside.args)
         with module.graph.inserting_before(node):
             if _is_square(node) and (
                 name == "abs" or (name == "linalg_vector_norm" and rest[1:2] in ([], [2]))
@@ -212,12 +213,12 @@ def _is_square(node: fx.Node) -> bool:
     name = operation_name(node)
     if name == "mul":
         return bool(_call(node.args[0]) == _call(node.args[1]))
-    return name == "square" or (name == "pow" and node.args[1] in (2, 2.0))
+    return name == "square" or (name == "pow" and bool(node.args[1] == 2))
 
 
 def _is_root(node: fx.Node) -> bool:
     name = operation_name(node)
-    return name == "sqrt" or (name == "pow" and node.args[1] == 0.5)
+    return name == "sqrt" or (name == "pow" and bool(node.args[1] == 0.5))
 
 
 def _call(argument: Any) -> tuple[Any, ...]:

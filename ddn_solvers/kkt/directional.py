@@ -113,7 +113,9 @@ def _on_one_piece(
     )
     stiffness = np.abs(evaluation.hessian).max(initial=0.0)
     size = max(np.abs(limits).max(initial=0.0), np.abs(x[0]).max(initial=0.0), 1e-300)
-    multipliers = _complementary(-rows @ x[1:].T, limits - rows @ x[0], 1 / stiffness if stiffness else 1.0, size)
+    multipliers = _complementary(
+        -rows @ x[1:].T, limits - rows @ x[0], 1 / stiffness if stiffness else 1.0, size
+    )
     if multipliers is None:
         return none
     weights = np.array([1.0, *multipliers])
