@@ -345,7 +345,9 @@ def _is_transformed(tensor: torch.Tensor) -> bool:
 
 
 def _one_by_one(
-    derivative: Callable[..., list[torch.Tensor]], directions: Sequence[torch.Tensor], nesting: int | None = None
+    derivative: Callable[..., list[torch.Tensor]],
+    directions: Sequence[torch.Tensor],
+    nesting: int | None = None,
 ) -> list[torch.Tensor]:
     """``derivative`` of each of a batch of directions, as autograd's own vmap makes them, older than torch.func.
 
