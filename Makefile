@@ -54,7 +54,7 @@ unit: $(VENV)/.development
 
 # The property-based tests, forty times as many examples and anew each time; SEED=... runs one again.
 SEED ?= $(shell date +%s)
-fuzz: export DDN_FUZZ := night
+fuzz: export DDN_FUZZ := 40
 fuzz: export OMP_NUM_THREADS := 1
 fuzz: export OPENBLAS_NUM_THREADS := 1
 fuzz: export MKL_NUM_THREADS := 1

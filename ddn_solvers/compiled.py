@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 import threading
 import time
 import weakref
@@ -37,7 +38,7 @@ import torch
 from ddn_solvers.binding import Binding, bind
 from ddn_solvers.errors import SensitivityError, TraceError
 from ddn_solvers.implicit import Operation, Outputs, check_derivative, vjp
-from ddn_solvers.kkt.derivative import Cotangents
+from ddn_solvers.kkt.conditions import Cotangents
 from ddn_solvers.policy import Policy, as_policy
 from ddn_solvers.problem import Problem
 from ddn_solvers.program import Program, compile_program
@@ -128,10 +129,13 @@ class Front:
 # -- what Dynamo traces -------------------------------------------------------------------------------
 
 
-def first_order() -> bool:
-    """Whether neither a torch.func transform nor forward mode is at work, in which the operators would be wrong."""
+def possible() -> bool:
+    """Whether a graph is made in which the operators are right: no torch.func transform, no forward mode, no export."""
     transformed: bool = torch._C._are_functorch_transforms_active()
-    return not transformed and torch.autograd.forward_ad._current_level < 0
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    return torch.compiler.is_compiling() and not (
+        transformed or forward_mode or torch.compiler.is_exporting()
+    )
 
 
 def forward(layer: Layer, parameters: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
@@ -239,10 +243,7 @@ def _adjoint(
     rule: torch.Tensor, blocks: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], v: torch.Tensor
 ) -> list[torch.Tensor]:
     """Gradients of the blocks for a cotangent v (B, n) of z."""
-    if (
-        torch.is_grad_enabled()
-    ):  # create_graph=True; torch itself drops such a second order where it does not refuse it
-        raise SensitivityError(_SECOND_ORDER)
+    _refuse_second_order()
     by: Rule | None = _NUMBERED.get(int(rule))
     if by is None:
         raise SensitivityError(
@@ -261,6 +262,17 @@ def _(
     rule: torch.Tensor, blocks: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], v: torch.Tensor
 ) -> list[torch.Tensor]:
     return [torch.empty_like(block) for block in blocks]
+
+
+def _refuse_second_order() -> None:
+    """A compiled backward whose own graph is asked for: torch makes one that leads nowhere, or raises much later."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and not frame.f_code.co_qualname.endswith(
+        "CompiledFunctionBackward.forward"
+    ):
+        frame = frame.f_back
+    if torch.is_grad_enabled() or frame.f_back is not None:
+        raise SensitivityError(_SECOND_ORDER)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:

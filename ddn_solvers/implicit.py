@@ -73,17 +73,16 @@ class Operation:
         cls, program: Program, policy: Policy, blocks: Sequence[torch.Tensor], outputs: Outputs
     ) -> Operation:
         """The operation that returned ``outputs`` for ``blocks``, with what its backward needs to know."""
-        arrays = Outputs(*(tensor.detach().numpy() for tensor in outputs))  # type: ignore[arg-type]  # as arrays
+        at = {name: tensor.numpy() for name, tensor in outputs._asdict().items()}
         # Of failed samples, which may be NaN, nothing is used.
-        parts = (np.nan_to_num(a) for a in (arrays.z, arrays.y, arrays.lower, arrays.upper, arrays.pieces))
-        point, parameters = PrimalDual(*parts), tuple(block.detach().numpy() for block in blocks)
+        point = PrimalDual(*(np.nan_to_num(at[name]) for name in ("z", "y", "lower", "upper", "pieces")))
+        parameters = tuple(block.numpy() for block in blocks)
         sides = (np.broadcast_to(side, point.z.shape) for side in program.bounds(parameters))
         evaluation = Evaluation.at(program, Bound(parameters, *map(np.ascontiguousarray, sides)), point)
         unknown = np.full(len(point.z), np.nan)
-        active = ActiveSet(arrays.sides, arrays.weak, unknown, program.equality.size, program.variables.size)
-        status = tuple(Status.OPTIMAL if good else Status.NOT_A_KKT_POINT for good in arrays.converged)
-        with_weak, _ = np.asarray(arrays.singular).T
-        verified = Verified(evaluation, active, with_weak, unknown, status, ("",) * len(status))
+        active = ActiveSet(at["sides"], at["weak"], unknown, program.equality.size, program.variables.size)
+        status = tuple(Status.OPTIMAL if good else Status.NOT_A_KKT_POINT for good in at["converged"])
+        verified = Verified(evaluation, active, at["singular"][:, 0], unknown, status, ("",) * len(status))
         return cls(program, policy, _not_again, verified)
 
     def established(self) -> Verified:

@@ -83,7 +83,7 @@ class DeclarativeLayer(torch.nn.Module):
             ProblemError, SolveError: As ``ddn.solve``.
         """
         plain = initial is None and warm_start is None and policy is None and not self.warm_start
-        if torch.compiler.is_compiling() and plain and compiled.first_order():
+        if plain and compiled.possible():
             values = compiled.forward(self, self._by_name(parameters, by_name))
         else:
             solution = self.solve(

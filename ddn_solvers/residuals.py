@@ -183,10 +183,8 @@ class Evaluation:
     @cached_property
     def idle_kinks(self) -> Any:
         """Kinks that nothing depends on here or nearby, such as those of entries that a maximum passes over."""
-        strength = np.abs(self.kink_weights * self._kink_norms)
-        # Curvature does not count: that of a norm has no limit at its zero.
-        unit = np.maximum(_largest(self.first.gradient), _largest(strength))[:, None]
-        idle = strength <= _ROUNDING * unit
+        unit = self._strength
+        idle = np.abs(self.kink_weights * self._kink_norms) <= _ROUNDING * unit
         if not idle.any():
             return idle
         *parameters, sigma, tau = self.inputs
@@ -194,6 +192,12 @@ class Evaluation:
         weights = self.functions.kink_weights(there, (*parameters, sigma, tau + 1e-3), self.point.y)
         forces = np.abs(self._in_group(weights, np.add) * self._kink_norms)
         return idle & (forces <= _ROUNDING * np.where(unit > 0, unit, 1.0))
+
+    @property
+    def _strength(self) -> Array:
+        """The largest force of objective and kinks, curvature aside, (B, 1): that of a norm has no limit at zero."""
+        kinks = _largest(self.kink_weights * self._kink_norms)
+        return np.maximum(_largest(self.first.gradient), kinks)[:, None]
 
     @cached_property
     def _kink_slack(self) -> Array:
@@ -332,7 +336,11 @@ class Evaluation:
     def scaled_stationarity(self) -> Array:
         """By row: residual over the forces that meet there, (B,)."""
         meeting = np.abs(self.first.gradient) + self.J.map(np.abs).transposed_times(np.abs(self.point.y))
-        meeting += self.H.map(np.abs).row_sums() * self.size + np.abs(self.point.lower) + self.point.upper
+        curvature = self.H.map(np.abs).row_sums() * self.size
+        if not self.program.numbers.all():  # that of a norm near its zero is no force that could meet another
+            largest = self._strength
+            curvature = np.where(largest > 0, np.minimum(curvature, largest), curvature)
+        meeting += curvature + np.abs(self.point.lower) + self.point.upper
         floor = _NOTHING * self.force
         return _largest(self.stationarity / np.maximum(meeting, floor))
 

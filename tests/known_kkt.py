@@ -150,7 +150,8 @@ class Declaration:
     @cached_property
     def choosable(self) -> np.ndarray:
         """(q + n,) bool: sides that may be active or not."""
-        unbounded = np.array([k == "constant" for k in self.kinds]) & (np.arange(self.n) % 4 == 3)
+        place = np.concatenate([np.arange(math.prod(shape)) for _, shape in self.variables])
+        unbounded = np.isin(self.kinds, "constant") & (place % 4 == 3)  # see constant_bounds
         bounds = ~np.isin(self.kinds, ("free", "fixed")) & ~unbounded
         own = self.sources == np.arange(len(self.sources))
         return np.concatenate([own[: self.inequalities], bounds])
@@ -548,7 +549,7 @@ def _sample(
             # Something of H or A is left: where all of it cancels, only rounding would tell that it does.
             flat = min(2, null.shape[1], n - 1) if curvature == "flat" else 0
             target = _hessian(rng, null, curvature, flat)
-            p["P"] = (target - torch.func.hessian(lagrangian)(z)) / p["a"]
+            p["P"] = (target - torch.func.jacrev(torch.func.grad(lagrangian))(z)) / p["a"]
     p["q"] = -(torch.func.grad(lagrangian)(z) - push) / p["a"]
     sosc = flat == 0 and (null.shape[1] == 0 or curvature != "saddle")
     fields = {"z": z, "y": y, "lower": push.clamp(min=0), "upper": (-push).clamp(min=0), "at_lower": at_lower}

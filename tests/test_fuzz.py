@@ -1,7 +1,7 @@
 """Properties of random problems with known KKT points, against dense algebra (``known_kkt.py``).
 
-Some hundred examples by default, the same at every run; DDN_FUZZ=night (``make fuzz``) draws many times
-as many anew, on more declarations.
+Some hundred examples by default, the same at every run. DDN_FUZZ=40 (``make fuzz``) draws forty times as
+many anew, on more declarations.
 """
 
 from __future__ import annotations
@@ -36,19 +36,17 @@ from known_kkt import (
 
 import ddn_solvers as ddn
 
-# torch's own forward-mode support compiles a few decompositions with torch.jit.script when first used
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
-
-NIGHT = os.environ.get("DDN_FUZZ") == "night"
+TIMES = int(os.environ.get("DDN_FUZZ", "1"))
+NIGHT = TIMES > 1
 DECLARATIONS = (*REGULAR, *(random_declaration(seed) for seed in range(100 if NIGHT else 0)))
 UNIQUE = tuple(d for d in DECLARATIONS if d.convex)  # where solve can find no other point
 SEEDS = st.integers(0, 2**32 - 1)
 
 
 def examples(count: int) -> Callable[[Any], Any]:
-    """So many by default; a night has time for more."""
+    """So many by default, always the same; a night has time for more."""
     return settings(
-        max_examples=40 * count if NIGHT else count,
+        max_examples=TIMES * count,
         derandomize=not NIGHT,
         print_blob=NIGHT,
         deadline=None,
@@ -521,3 +519,34 @@ def test_solve_does_not_depend_on_the_unit_of_the_objective(known: Known, power:
     gradient = gradients(solution, parameters, cotangents)
     gradient["a"] = gradient["a"] * 10.0**power
     assert_vjp(gradient, known, cotangents, references)
+
+
+# -- what the long run found ------------------------------------------------------------------------------
+
+
+@pytest.mark.xfail(
+    reason="equilibration hides a flat coordinate: rounding over rounding looks regular", strict=True
+)
+def test_a_flat_coordinate_is_singular_although_its_zero_is_rounding() -> None:
+    """Equation 36 of the paper along an axis: H = diag(0, h, h, h), where that 0 is 1e-17 for some x."""
+    problem = ddn.Problem({"u": (4,)}, {"x": (4,)}, lambda u, x: -(x @ u) / u.norm())
+    rng = np.random.default_rng(0)
+    for alpha, size in zip(rng.uniform(0.1, 3, 30), rng.uniform(0.1, 1, 30), strict=True):
+        x = torch.tensor([size, 0, 0, 0], dtype=D)
+        found = ddn.sensitivity(problem, {"x": x}, alpha * x)
+        assert found.certificate.singular
+        with pytest.warns(ddn.DegeneracyWarning):
+            jacobian = found.jacobian()
+        torch.testing.assert_close(
+            jacobian, alpha * torch.tensor([0.0, 1, 1, 1], dtype=D).diag(), rtol=0, atol=1e-9
+        )
+
+
+@pytest.mark.xfail(reason="a residual of rounding is divided by forces that are rounding too", strict=True)
+def test_a_point_whose_forces_cancel_to_rounding_is_stationary() -> None:
+    def objective(u: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return 0.5 * u[1].square() + (0.1 * u[0] * x + 0.2 * u[0] * x - 0.3 * u[0] * x)  # 3e-17 u[0] x
+
+    problem = ddn.Problem({"u": (2,)}, {"x": ()}, objective)
+    found = ddn.sensitivity(problem, {"x": torch.ones((), dtype=D)}, torch.zeros(2, dtype=D))
+    assert found.certificate.stationarity < 1e-15

@@ -103,19 +103,25 @@ def _on_one_piece(
     target = np.where(strong.lower, change.lower, change.upper)
     free = _solve(system, -change.gradient[0], -change.constraints[0], target[0])
     rows, limits, index = _weak_rows(evaluation, weak, change)
+    norms = np.maximum(np.linalg.norm(rows, axis=1), 1e-300)  # so that small and zero do not depend on units
+    rows, limits = rows / norms[:, None], limits / norms
     zero = np.zeros(strong.constraints.shape[1]), np.zeros(active.n)
     responses = [_solve(system, -row, *zero) for row in rows]
     x, t, q = (
         np.array([values, *(getattr(r, name)[0].numpy() for r in responses)])
         for name, values in ((name, getattr(free, name)[0].numpy()) for name in ("x", "t", "q"))
     )
-    multipliers = _complementary(-rows @ x[1:].T, limits - rows @ x[0])
+    stiffness = np.abs(evaluation.hessian).max(initial=0.0)
+    size = max(np.abs(limits).max(initial=0.0), np.abs(x[0]).max(initial=0.0), 1e-300)
+    multipliers = _complementary(
+        -rows @ x[1:].T, limits - rows @ x[0], 1 / stiffness if stiffness else 1.0, size
+    )
     if multipliers is None:
         return none
     weights = np.array([1.0, *multipliers])
     dz, dy, force = weights @ x, np.where(strong.constraints[0], weights @ t, 0.0), weights @ q
     sides = np.zeros(weak.shape[1])
-    sides[index] = multipliers
+    sides[index] = multipliers / norms
     kinks = slice(evaluation.program.inequality.size, -2 * active.n)
     sides[kinks] *= -evaluation.point.pieces[0]
     dy[active.equalities :] += sides[: -2 * active.n]
@@ -149,21 +155,26 @@ def _weak_rows(evaluation: Evaluation, weak: Mask, change: Change) -> tuple[Arra
     return rows[index], limits[index], index
 
 
-def _complementary(matrix: Array, offset: Array) -> Array | None:
-    """m >= 0 with offset + matrix m >= 0, complementary; ``None`` if there is none."""
+def _complementary(matrix: Array, offset: Array, compliance: float, size: float) -> Array | None:
+    """m >= 0 with offset + matrix m >= 0, complementary; ``None`` if there is none.
+
+    Args:
+        compliance: Of the unit of the matrix: weak rows that strong ones already determine respond by rounding.
+        size: Of the movement: what is nothing beside it is zero.
+    """
     if not len(offset):
         return offset
     from scipy.optimize import nnls  # a quarter of a second to import, needed here only
 
     values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
-    kept = values > _ZERO * max(values.max(), 0.0)
+    kept = values > _ZERO * max(values.max(), compliance)
     root = np.sqrt(values[kept])[:, None] * vectors[:, kept].T  # matrix = root^T root
-    multipliers: Array = (
-        nnls(root, -(vectors[:, kept].T @ offset) / np.sqrt(values[kept]))[0] if kept.any() else 0 * offset
-    )
-    slack = offset + matrix @ multipliers
-    scale = max(np.abs(offset).max(), np.abs(matrix @ multipliers).max(), 1e-300)
-    good = slack.min() >= -_ZERO * scale and np.abs(slack * multipliers).max() <= _ZERO * scale * max(
+    target = -(vectors[:, kept].T @ offset) / np.sqrt(values[kept])
+    multipliers: Array = nnls(root, target)[0] if kept.any() else 0 * offset
+    held = root.T @ (root @ multipliers)
+    slack = offset + held
+    size = max(size, np.abs(held).max())
+    good = slack.min() >= -_ZERO * size and np.abs(slack * multipliers).max() <= _ZERO * size * max(
         multipliers.max(), 1e-300
     )
     return multipliers if good else None

@@ -234,6 +234,21 @@ class _ActiveRows:
         found = linprog(-gain, rows, np.maximum(room, 0), bounds=(None, None))
         return self.known + self.free @ found.x if found.status == 0 else None
 
+    def inmost(self) -> Array | None:
+        """Multipliers as far inside of all limits as can be, in their units; ``None`` if there are none inside."""
+        from scipy.optimize import linprog  # a quarter of a second to import, needed here only
+
+        least, most = self.limits
+        below, above = np.isfinite(least), np.isfinite(most)
+        rows = np.concatenate([-self.free[below], self.free[above]])
+        room = np.concatenate([(self.known - least)[below], (most - self.known)[above]])
+        depth = np.concatenate([self.unit[below], self.unit[above]])
+        d = self.free.shape[1]
+        found = linprog(
+            [*[0.0] * d, -1.0], np.column_stack([rows, depth]), room, bounds=[*[(None, None)] * d, (0, 1)]
+        )
+        return self.known + self.free @ found.x[:d] if found.status == 0 else None
+
 
 def dependent_rows(evaluation: Evaluation, active: ActiveSet, bent: Curvature) -> tuple[Mask, Mask, Mask]:
     """Active rows of c, lower and upper bounds whose gradients depend on those of others, as masks of each."""
@@ -304,7 +319,13 @@ def _of_binding_curvature(rows: _ActiveRows, bends: Array) -> Array:
         if binding is not None:  # otherwise the curvature has no limit, and nothing can be chosen by it
             fixed = np.concatenate([fixed, bends[None] * np.abs(fixed).max() / largest])
             known = binding
-    return rows.unit * _minimum_norm(fixed * rows.unit, known / rows.unit, *(rows.limits / rows.unit))
+    least, most = rows.limits
+    found = rows.unit * _minimum_norm(fixed * rows.unit, known / rows.unit, *(rows.limits / rows.unit))
+    margin = _ZERO * rows.unit
+    if ((found >= least + margin) & (found <= most - margin))[np.isfinite(most)].all():
+        return found
+    inside = rows.inmost()  # kinks that hold: as far from being left as they can be
+    return found if inside is None else inside
 
 
 def _minimum_norm(fixed: Array, known: Array, least: Array, most: Array) -> Array:
