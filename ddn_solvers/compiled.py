@@ -242,7 +242,7 @@ def _(
         "sides": [sides],
         "weak": [sides],
     }
-    widths["residuals"] = [3]
+    widths |= {"singular": [2], "residuals": [3]}
     masks = ("sides", "weak", "singular", "converged")
     outputs = (
         torch.empty(
