@@ -961,7 +961,9 @@ DEPENDENT = {
         lambda u: 0.3 * (u.diff(dim=0).abs().sum() + u.diff(dim=1).abs().sum()), rand(4, 4, seed=1), {},
     ),
 }  # fmt: skip
-UNLIMITED = "the least-norm forces of dependent kinks exceed their weights: a residual of 0.1 to 0.4 at a solution"
+UNLIMITED = (
+    "the least-norm forces of dependent kinks exceed their weights: a residual of 0.1 to 0.4 at a solution"
+)
 
 
 @cache
@@ -1103,3 +1105,26 @@ def test_overlapping_norms_that_vanish_together(solver):
     assert s.residuals.stationarity < 1e-8
     found, _ = quietly(lambda: jacobian(s["u"], x))
     close(found, torch.zeros(6, 6, dtype=D))
+
+
+SPARSE_GROUPS = ddn.Problem(
+    {"u": (4,)}, {"x": (4,), "M": (4, 4)},
+    lambda u, x, M: half_squares(u, x) + 3 * u.reshape(2, 2).norm(dim=1).sum() + u.abs().sum()
+    + 3 * torch.logsumexp(M @ u, 0),
+)  # fmt: skip
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=ddn.SolveError,
+    reason="norms and absolute values that vanish together are not a KKT point",
+)
+@pytest.mark.parametrize("solver", CONVEX)
+def test_sparse_group_lasso_with_a_nonlinear_loss(solver):
+    """The convex problem's minimum: no lower value in any of many directions around it."""
+    p = {"x": 1.5 * rand(4, seed=271340), "M": rand(4, 4, seed=271337)}
+    s = ddn.solve(SPARSE_GROUPS, p, solver=solver)
+    around = s["u"] + 1e-4 * rand(50, 4, seed=34)
+    values = torch.func.vmap(lambda u: SPARSE_GROUPS.objective(u, **p))(around)
+    assert (values >= s.objective).all()
+    assert s.residuals.stationarity < 1e-8
