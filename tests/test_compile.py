@@ -276,6 +276,22 @@ def test_a_rebound_module_is_named_and_then_taken():
     assert_equal(layer, found, [x], net.parameters())
 
 
+def test_the_mode_of_a_captured_module_is_seen():
+    net = nn.Linear(3, 3, dtype=f64)
+    layer = ddn.DeclarativeLayer(
+        {
+            "variables": {"u": (3,)},
+            "parameters": {"x": (3,)},
+            "objective": lambda u, x: (u - net(x) * (2.0 if net.training else 1.0)).square().sum(),
+        }
+    )
+    found, x = compiled(layer), torch.randn(2, 3, dtype=f64, requires_grad=True)
+    assert_equal(layer, found, [x], net.parameters())
+    layer.eval()
+    assert_equal(layer, found, [x], net.parameters())
+    torch.testing.assert_close(found(x), net(x), rtol=1e-9, atol=1e-9)
+
+
 def test_two_layers_in_one_model():
     one, two = ddn.DeclarativeLayer(ball()), ddn.DeclarativeLayer(ball())
 
