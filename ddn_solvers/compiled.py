@@ -29,7 +29,8 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -97,14 +98,14 @@ class Front:
 
     Attributes:
         number: () int64.
-        sizes: n variables, m rows of c, kinks, and sides of the active set: the widths of ``Outputs``.
+        sizes: Rows of c, kinks, and sides of the active set: the widths of ``Outputs``.
         anchors: Names under which the layer holds what the program's functions capture.
     """
 
     def __init__(self, layer: Layer, program: Program) -> None:
         self.layer, self.program = weakref.ref(layer), program
         n, m = program.variables.size, program.smooth.rows
-        self.sizes = (n, m, m - program.constraints, m - program.equality.size + 2 * n)
+        self.sizes = (m, m - program.constraints, m - program.equality.size + 2 * n)
         self.anchors = tuple({a.anchor: None for a in program.graph.captures if a.anchor is not None})
         self.signature = (
             self.sizes,
@@ -145,12 +146,23 @@ def forward(layer: Layer, parameters: Mapping[str, Any]) -> tuple[torch.Tensor, 
     own = {name: getattr(layer, name) for name in front.anchors}
     captured = [accessor.read(own) for accessor in program.graph.captures]
     binding = bind(program, parameters, captured, {}, ())
-    z = _solve(front.number, list(binding.blocks), list(binding.batch), binding.dtype, list(front.sizes))[0]
+    shape = [*binding.batch, program.variables.size]
+    z = _solve(front.number, list(binding.blocks), shape, binding.dtype, list(front.sizes))[0]
     values = program.variables.split(binding.give_back(z, program.variables.size))
     return tuple(values.values())
 
 
 # -- operators ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _autograd_on() -> Iterator[None]:
+    """An operator runs below autograd, where ``torch.autograd.grad``, which torch callbacks call, gives zeros."""
+    include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor"):
+        exclude = exclude.remove(getattr(torch._C.DispatchKey, key))
+    with torch._C._ForceDispatchKeyGuard(include, exclude):
+        yield
 
 
 def _current_program(front: Front, layer: Layer) -> Program:
@@ -178,7 +190,7 @@ def _current_program(front: Front, layer: Layer) -> Program:
 def _solve(
     layer: torch.Tensor,
     blocks: Sequence[torch.Tensor],
-    batch: Sequence[int],
+    shape: Sequence[int],
     dtype: torch.dtype,
     sizes: Sequence[int],
 ) -> list[torch.Tensor]:
@@ -188,9 +200,10 @@ def _solve(
     module = front.layer() if front is not None else None
     if front is None or module is None:
         raise TraceError("compiled code refers to a layer that no longer exists")
-    program = _current_program(front, module)
+    with _autograd_on():
+        program = _current_program(front, module)
     warn_if_callbacks(program)
-    binding = Binding(tuple(blocks), tuple(batch), dtype, torch.device("cpu"))
+    binding = Binding(tuple(blocks), tuple(shape[:-1]), dtype, torch.device("cpu"))
     policy = as_policy(module.policy)
     search = Search(
         program=program,
@@ -203,8 +216,9 @@ def _solve(
         warm_start=None,
     )
     search.operation = Operation(program, policy, search.find)
-    outputs = search.find(tuple(block.numpy() for block in blocks))
-    conclude(search, binding, outputs, started)
+    with _autograd_on():
+        outputs = search.find(tuple(block.numpy() for block in blocks))
+        conclude(search, binding, outputs, started)
     return [*outputs, front.rule(program, policy).number.clone()]
 
 
@@ -212,11 +226,12 @@ def _solve(
 def _(
     layer: torch.Tensor,
     blocks: Sequence[torch.Tensor],
-    batch: Sequence[int],
+    shape: Sequence[int],
     dtype: torch.dtype,
     sizes: Sequence[int],
 ) -> list[torch.Tensor]:
-    n, m, kinks, sides = sizes
+    *batch, n = shape
+    m, kinks, sides = sizes
     B = math.prod(batch)
     widths = {
         "z": [n],
@@ -227,7 +242,7 @@ def _(
         "sides": [sides],
         "weak": [sides],
     }
-    widths["residuals"] = [3]
+    widths |= {"singular": [2], "residuals": [3]}
     masks = ("sides", "weak", "singular", "converged")
     outputs = (
         torch.empty(
@@ -251,10 +266,11 @@ def _adjoint(
             "layer no longer exists"
         )
     at = Outputs(*outputs)
-    operation = Operation.resumed(by.program, by.policy, blocks, at)
-    check_derivative(by.policy, operation.established())
     zeros = (torch.zeros_like(t) for t in (at.y, at.lower, at.upper, at.objective))
-    return vjp(operation, blocks, at, Cotangents(v.contiguous(), *zeros))
+    with _autograd_on():
+        operation = Operation.resumed(by.program, by.policy, blocks, at)
+        check_derivative(by.policy, operation.established())
+        return vjp(operation, blocks, at, Cotangents(v.contiguous(), *zeros))
 
 
 @_adjoint.register_fake

@@ -233,7 +233,6 @@ def test_jvp_and_jacobian_are_those_of_the_dense_kkt_system(known: Known, seed: 
 @examples(50)
 @given(known_points(DECLARATIONS, CURVATURES, weak=True))
 def test_certificate_and_multipliers_are_those_of_the_construction(known: Known) -> None:
-    assume(known.sosc.all() or not (known.sides == WEAK).any())
     references = references_of(known)
     solution = ddn.attach(known.declaration.problem, known.parameters, known.primal)
     assert_certificate(solution.certificate, known)
@@ -339,7 +338,6 @@ def rescaled(known: Known, power: int, seed: int) -> Known:
     known_points(DECLARATIONS, CURVATURES[:4], weak=True, samples=4), st.randoms(use_true_random=False), SEEDS
 )
 def test_a_sample_is_the_same_alone_and_in_any_batch(known: Known, random: Any, seed: int) -> None:
-    assume(known.sosc.all() or not (known.sides == WEAK).any())
     bound = 1e-12 * max(1.0, *(one.condition / 1e3 for one in references_of(known)))
     order = list(range(known.samples))
     random.shuffle(order)

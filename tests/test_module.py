@@ -1,610 +1,316 @@
-"""A layer as torch knows modules: hooks, copies, threads, checkpoints, transforms, and no work that nobody asked for."""
+"""A layer as an ordinary nn.Module: hooks, checkpoints, accumulation, saved weights, threads on it and on replicas."""
+
+from __future__ import annotations
 
 import copy
-import gc
 import io
-import pickle
 import threading
-import weakref
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.autograd import functional
 from torch.utils.checkpoint import checkpoint
 
 import ddn_solvers as ddn
-from ddn_solvers import implicit
+from ddn_solvers.kkt.derivative import Linearisation, TorchLinearisation
+from ddn_solvers.search import Search
 
-# torch's own forward-mode support compiles a few decompositions with torch.jit.script when first used
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
-D = torch.float64
-X = torch.tensor([[1.0, 2.0, -2.0], [3.0, 1.0, 1.0], [0.5, -2.0, 1.0], [2.0, 2.0, 0.1]], dtype=D)
-R = torch.tensor(1.5, dtype=D)
+f64 = torch.float64
 
 
-def half_squares(u, x):
-    return 0.5 * (u - x).square().sum()
+def layer_around(net: nn.Module) -> ddn.DeclarativeLayer:
+    """argmin |u - net(x)|^2 with u in a ball of radius r: the projection of what the network says."""
+    return ddn.DeclarativeLayer(
+        ddn.Problem(
+            variables={"u": (3,)},
+            parameters={"x": (3,), "r": ()},
+            objective=lambda u, x: (u - net(x)).square().sum(),
+            inequality={"ball": lambda u, r: u.square().sum() - r**2},
+        )
+    )
 
 
-def in_ball(u, r):
-    return u.square().sum() - r**2
-
-
-BALL = ddn.Problem({"u": (3,)}, {"x": (3,), "r": ()}, half_squares, inequality={"ball": in_ball})
-
-
-def ball(x, r):
-    """The solution of BALL for x outside of the ball."""
-    return r * x / x.norm(dim=-1, keepdim=True)
-
-
-def close(a, b, atol=1e-10):
-    return torch.allclose(a, b, rtol=0, atol=atol)
-
-
-class Model(nn.Module):
-    """A layer between others; ``explicit`` has the same parameters and the formula in place of the layer."""
-
-    def __init__(self, seed=0):
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            self.first, self.last = nn.Linear(3, 3).double(), nn.Linear(3, 2).double()
-        with torch.no_grad():
-            self.first.bias.add_(4.0)  # outside of the ball
-        self.radius = nn.Parameter(torch.tensor(0.7, dtype=D))
-        self.layer = ddn.DeclarativeLayer(BALL)
-
-    def forward(self, x):
-        return self.last(self.layer(self.first(x), self.radius))
-
-    def explicit(self, x):
-        return self.last(ball(self.first(x), self.radius))
-
-
-def loss(y):
-    return (y - 1).square().sum()
-
-
-def gradients(function, model, x=X):
-    x = x.clone().requires_grad_()
-    return torch.autograd.grad(loss(function(x)), [x, *model.parameters()])
-
-
-def assert_gradients(found, expected):
-    for one, two in zip(found, expected, strict=True):
-        assert close(one, two)
-
-
-# -- no work that nobody asked for ------------------------------------------------------------------------------
+def projection(net: nn.Module, x: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
+    """The closed form of the same."""
+    y = net(x)
+    return y * (r / y.norm(dim=-1, keepdim=True)).clamp(max=1.0)
 
 
 @pytest.fixture
-def linearisations(monkeypatch):
-    """Counts the KKT systems that are set up for derivatives."""
-    made = []
-    for name in ("Linearisation", "TorchLinearisation"):
-        kind = getattr(implicit, name)
-
-        class Counted(kind):
-            def __init__(self, *arguments, **keywords):
-                made.append(self)
-                super().__init__(*arguments, **keywords)
-
-        monkeypatch.setattr(implicit, name, Counted)
-    return made
+def net():
+    torch.manual_seed(0)
+    return nn.Linear(3, 3, dtype=f64)
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_without_gradients_there_is_no_backward_work(mode, linearisations, monkeypatch):
-    operations = []
-    apply = implicit._Implicit.apply
-    monkeypatch.setattr(
-        implicit._Implicit, "apply", lambda o, *b: (operations.append(weakref.ref(o)), apply(o, *b))[1]
-    )
-    model = Model()
-    with mode():
-        y = model(X)
-    gc.collect()
+@pytest.fixture
+def x():
+    return (2 * torch.randn(4, 3, dtype=f64, generator=torch.Generator().manual_seed(1))).requires_grad_()
+
+
+R = torch.tensor(1.0, dtype=f64)
+
+
+@pytest.fixture
+def counts(monkeypatch):
+    """How often a batch was solved, and how often a derivative of a solution was taken."""
+    counts = {"solves": 0, "derivatives": 0}
+    methods = ((Search, "find", "solves"), (Linearisation, "vjp", "derivatives"))
+    for cls, name, counted in (*methods, (TorchLinearisation, "__init__", "derivatives")):
+        original = getattr(cls, name)
+
+        def counting(self, *arguments, original=original, counted=counted):
+            counts[counted] += 1
+            return original(self, *arguments)
+
+        monkeypatch.setattr(cls, name, counting)
+    return counts
+
+
+def weighted(y: torch.Tensor) -> torch.Tensor:
+    return (y * torch.arange(1.0, 1.0 + y.numel(), dtype=y.dtype).reshape(y.shape)).sum()
+
+
+def assert_gradients(found: Any, expected: Any) -> None:
+    for one, two in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-9)
+
+
+def exact(net: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(weighted(projection(net, x, R)), [x, *net.parameters()]))
+
+
+# -- how much is done ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_no_derivative_is_prepared(how, net, x, counts):
+    layer = layer_around(net)
+    with how():
+        y = layer(x, R)
     assert not y.requires_grad
-    assert operations
-    assert all(operation() is None for operation in operations)  # and nothing is kept for one
-    assert not linearisations
+    torch.testing.assert_close(y.clone(), projection(net, x, R).detach(), rtol=1e-9, atol=1e-9)
+    assert counts == {"solves": 1, "derivatives": 0}
 
 
-def test_inputs_without_gradients_keep_no_graph(linearisations):
-    assert not ddn.DeclarativeLayer(BALL)(X, R).requires_grad
-    assert not linearisations
-
-
-def test_the_forward_does_no_backward_work_and_all_backwards_share_theirs(linearisations):
-    x = X.clone().requires_grad_()
-    y = ddn.DeclarativeLayer(BALL)(x, R)
-    assert not linearisations
-    for _ in range(3):
-        torch.autograd.grad(y.square().sum(), x, retain_graph=True)
-    torch.autograd.grad(y, x, torch.eye(12, dtype=D).reshape(12, 4, 3), is_grads_batched=True)
-    assert len(linearisations) == 1
-
-
-def test_inference_tensors_may_be_used_later():
-    with torch.inference_mode():
-        x = X.clone()
-    assert close(ddn.DeclarativeLayer(BALL)(x, R), ball(X, R))
-
-
-# -- hooks --------------------------------------------------------------------------------------------------------
-
-
-def test_hooks_of_the_module():
-    model, seen = Model(), {}
-    layer = model.layer
-    layer.register_forward_pre_hook(lambda m, args: (2 * args[0], args[1]))
-    layer.register_forward_hook(lambda m, args, y: seen.update(forward=y.detach()) or 3 * y)
-    layer.register_full_backward_pre_hook(lambda m, out: seen.update(out=out[0].clone()) or (2 * out[0],))
-    layer.register_full_backward_hook(lambda m, into, out: seen.update(into=into) or (into[0] + 1, into[1]))
-    first = model.first(X).detach().requires_grad_()
-    r = model.radius.detach().clone().requires_grad_()
-    y = layer(first, r)
-    x_gradient, r_gradient = torch.autograd.grad(y.square().sum(), [first, r])
-    reference = ball(2 * first, r)
-    expected = torch.autograd.grad(3 * reference, [first, r], 2 * 2 * 3 * reference.detach())
-    assert close(seen["forward"], reference.detach())
-    assert close(y, 3 * reference)
-    assert close(x_gradient, 2 * (expected[0] / 2 + 1))  # the hook stands between the doubling and the layer
-    assert close(r_gradient, expected[1])
-    assert close(seen["into"][1], r_gradient)
-
-
-def test_hooks_of_tensors_and_parameters():
-    model, seen = Model(), {}
-    x = X.clone().requires_grad_()
-    inner = model.first(x)
-    y = model.layer(inner, model.radius)
-    inner.register_hook(lambda g: seen.setdefault("inner", g))
-    y.register_hook(lambda g: 2 * g)
-    y.retain_grad()
-    model.radius.register_post_accumulate_grad_hook(lambda p: seen.update(radius=p.grad.clone()))
-    loss(model.last(y)).backward()
-    reference = ball(model.first(x), model.radius)
-    v = torch.autograd.grad(loss(model.last(reference)), reference)[0]
-    assert close(y.grad, 2 * v)
-    again = model.first(X).detach().requires_grad_()
-    expected = torch.autograd.grad(ball(again, model.radius), [again, model.radius], 2 * v)
-    assert close(seen["inner"], expected[0])
-    assert close(seen["radius"], expected[1])
-
-
-# -- accumulation, retained graphs, saved tensors -------------------------------------------------------------------
-
-
-def test_gradients_accumulate_over_pieces_of_a_batch():
-    model = Model()
-    for piece in X.split(2):
-        loss(model(piece)).backward()
-    expected = torch.autograd.grad(loss(model.explicit(X)), list(model.parameters()))
-    assert_gradients([p.grad for p in model.parameters()], expected)
-
-
-def test_a_graph_serves_again_only_if_retained():
-    model = Model()
-    x = X.clone().requires_grad_()
-    y = loss(model(x))
-    first, second = (torch.autograd.grad(y, x, retain_graph=True)[0] for _ in range(2))
-    assert torch.equal(first, second)
-    torch.autograd.grad(y, x)
-    with pytest.raises(RuntimeError, match="retain_graph"):
+def test_a_backward_is_one_derivative_and_no_solve(net, x, counts):
+    layer = layer_around(net)
+    y = weighted(layer(x, R))
+    first = torch.autograd.grad(y, [x, *net.parameters()], retain_graph=True)
+    assert counts == {"solves": 1, "derivatives": 1}
+    second = torch.autograd.grad(y, [x, *net.parameters()])
+    assert counts == {"solves": 1, "derivatives": 2}
+    assert_gradients(first, exact(net, x))
+    assert_gradients(second, first)
+    with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(y, x)
 
 
-def test_parameters_changed_in_place_before_the_backward_are_an_error():
-    x = X.clone().requires_grad_()
-    r = R.clone()
-    y = ddn.DeclarativeLayer(BALL)(x, r)
-    r.mul_(2)
-    with pytest.raises(RuntimeError, match="inplace"):
-        y.sum().backward()
+# -- hooks --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("hooks", ["cpu", "clone"])
-def test_saved_tensors_may_be_moved(hooks):
-    model = Model()
-    contexts = {
-        "cpu": torch.autograd.graph.save_on_cpu,
-        "clone": lambda: torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda t: t),
-    }
-    expected = gradients(model.explicit, model)
-    with contexts[hooks]():
-        assert_gradients(gradients(model, model), expected)
+def test_hooks_see_and_may_replace_what_passes(net, x):
+    layer = layer_around(net)
+    model = nn.Sequential(layer_with_radius := _Radius(layer), nn.Tanh())
+    seen: list[str] = []
+    handles = [
+        layer.register_forward_pre_hook(lambda _, args: (seen.append("pre"), (2 * args[0], args[1]))[1]),
+        layer.register_forward_hook(lambda _, args, y: (seen.append("post"), 3 * y)[1]),
+        layer_with_radius.register_full_backward_pre_hook(lambda _, v: seen.append("backward pre")),
+        layer_with_radius.register_full_backward_hook(
+            lambda _, into, out: (seen.append("backward"), (10 * into[0],))[1]
+        ),
+    ]
+    y = model(x)
+    torch.testing.assert_close(y, (3 * projection(net, 2 * x, R)).tanh(), rtol=1e-9, atol=1e-9)
+    (gradient,) = torch.autograd.grad(weighted(y), x)
+    (expected,) = torch.autograd.grad(weighted((3 * projection(net, 2 * x, R)).tanh()), x)
+    assert_gradients([gradient], [10 * expected])
+    assert seen == ["pre", "post", "backward pre", "backward"]
+    for handle in handles:
+        handle.remove()
+    torch.testing.assert_close(model(x), projection(net, x, R).tanh(), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing(reentrant):
-    model = Model()
-    x = X.clone().requires_grad_()
-    loss(checkpoint(model, x, use_reentrant=reentrant)).backward()
-    found = [x.grad, *(p.grad for p in model.parameters())]
-    assert_gradients(found, gradients(model.explicit, model))
-
-
-def test_anomaly_mode():
-    model = Model()
-    with torch.autograd.set_detect_anomaly(True):
-        assert_gradients(gradients(model, model), gradients(model.explicit, model))
-
-
-def test_autocast_rounds_the_parameters_and_nothing_inside():
-    lin = nn.Linear(3, 3)
-    layer = ddn.DeclarativeLayer(BALL)
-    x, r = X.float(), R.float()
-    with torch.autocast("cpu", torch.bfloat16):
-        inner = lin(x)
-        y = layer(2 + inner, r)
-        z = layer(2 + inner, r.bfloat16())
-    assert inner.dtype == torch.bfloat16
-    assert (y.dtype, z.dtype) == (torch.float32, torch.bfloat16)
-    found = torch.autograd.grad(y.sum(), inner, retain_graph=True)[0]
-    again = (2 + inner).detach().double().requires_grad_()
-    reference = layer(again, r.double())
-    assert close(y, reference.float(), 1e-6)
-    assert torch.allclose(z, reference.bfloat16())
-    assert torch.allclose(found, torch.autograd.grad(reference.sum(), again)[0].bfloat16(), atol=1e-2)
-
-
-# -- copies -----------------------------------------------------------------------------------------------------------
-
-
-def steps(model, count=3):
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
-    for _ in range(count):
-        optimizer.zero_grad()
-        loss(model(X)).backward()
-        optimizer.step()
-    return [p.detach().clone() for p in model.parameters()]
-
-
-def saved(model):
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
-
-
-COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m)), "torch.save": saved}
-
-
-@pytest.mark.parametrize("how", COPIES)
-@pytest.mark.parametrize("trained", [False, True], ids=["fresh", "trained"])
-def test_copies_of_a_model_train_apart_and_alike(how, trained):
-    model = Model()
-    if trained:
-        steps(model, 1)
-    before = [p.detach().clone() for p in model.parameters()]
-    twin = COPIES[how](model)
-    after = steps(twin)
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
-    assert all(torch.equal(p, q) for p, q in zip(steps(model), after, strict=True))
-
-
-def test_a_copy_keeps_the_settings_and_not_the_memory():
-    layer = ddn.DeclarativeLayer(
-        BALL, "casadi:ipopt", {"max_iter": 50}, ddn.Policy(on_failure="nan"), warm_start=True
-    )
-    layer(X, R)
-    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert (twin.solver, twin.options, twin.policy, twin.warm_start) == (
-            "casadi:ipopt", {"max_iter": 50}, ddn.Policy(on_failure="nan"), True
-        )  # fmt: skip
-        assert twin._previous is None
-        assert close(twin(X, R), ball(X, R))
-
-
-def test_state_moves_between_models():
-    model, other = Model(0), Model(1)
-    other.load_state_dict(model.state_dict())
-    assert torch.equal(other(X), model(X))
-
-
-class OnItself(nn.Module):
-    """A model whose layer's problem is made of the model: ``self`` captures what holds the layer."""
-
-    def __init__(self, how):
+class _Radius(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            self.net = nn.Linear(3, 3).double()
-        self.scale = nn.Parameter(torch.tensor(1.0, dtype=D))
-        closure = lambda u, x: (u - self.scale * self.net(x)).square().sum()  # noqa: E731
-        objective = {"method": self.objective, "closure": closure}[how]
-        self.layer = ddn.DeclarativeLayer(ddn.Problem({"u": (3,)}, {"x": (3,)}, objective))
+        self.layer = layer
 
-    def objective(self, u, x):
-        return (u - self.scale * self.net(x)).square().sum()
-
-    def forward(self, x):
-        return self.layer(x)
-
-    def explicit(self, x):
-        return self.scale * self.net(x)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x, R)
 
 
-@pytest.mark.parametrize("how", ["method", "closure"])
-def test_a_model_may_hold_the_layer_whose_problem_is_made_of_it(how):
-    """Every walk over the modules ended in a RecursionError: the layer registered the model that holds it."""
-    model = OnItself(how)
-    model(X)
-    assert len(vars(model.layer.problem)["_programs"]) == 1  # that it got the layer since is no change
-    model.train().eval().to(D).apply(lambda m: None)
-    assert "OnItself" in repr(model)
-    assert {name for name, _ in model.named_parameters()} == {"scale", "net.weight", "net.bias"}
-    model.load_state_dict(OnItself(how).state_dict())
-    assert_gradients(gradients(model, model), gradients(model.explicit, model))
-    twin = copy.deepcopy(model)
+def test_tensor_hooks_on_solution_and_parameters(net, x):
+    layer = layer_around(net)
+    y = layer(x, R)
+    y.register_hook(lambda v: 2 * v)
+    norms: list[torch.Tensor] = []
+    net.weight.register_post_accumulate_grad_hook(lambda p: norms.append(p.grad.norm()))
+    weighted(y).backward()
+    assert_gradients([x.grad, net.weight.grad, net.bias.grad], [2 * g for g in exact(net, x)])
+    assert norms == [net.weight.grad.norm()]
+
+
+# -- checkpointing and accumulation -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_solves_again_and_gives_the_same(use_reentrant, net, x, counts):
+    layer = layer_around(net)
+    y = checkpoint(lambda x: layer(x * 1.0, R) * 1.0, x, use_reentrant=use_reentrant)
+    weighted(y).backward()
+    assert counts == {"solves": 2, "derivatives": 1}
+    assert_gradients([x.grad, net.weight.grad, net.bias.grad], exact(net, x))
+
+
+def test_saved_tensors_may_be_packed(net, x):
+    layer = layer_around(net)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.numpy().copy(), torch.from_numpy):
+        y = layer(x, R)
+    assert_gradients(torch.autograd.grad(weighted(y), [x, *net.parameters()]), exact(net, x))
+
+
+def test_changing_a_saved_parameter_in_place_is_noticed(net):
+    layer, x = layer_around(net), torch.randn(2, 3, dtype=f64)
+    y = weighted(layer(x, R))
     with torch.no_grad():
-        twin.scale.fill_(2.0)
-    assert_gradients(gradients(twin, twin), gradients(twin.explicit, twin))
-    assert_gradients(gradients(model, model), gradients(model.explicit, model))
-    model.net = nn.Linear(3, 3).double()
-    assert close(model(X), model.explicit(X))
+        net.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
 
 
-@pytest.mark.parametrize("how", ["method", "closure"])
-def test_such_a_model_refuses_to_be_pickled_and_says_why(how):
-    with pytest.raises(ddn.ProblemError, match=r"objective.*cannot be pickled"):
-        pickle.dumps(OnItself(how))
+def test_gradients_accumulate_over_micro_batches(net, x):
+    layer = layer_around(net)
+    weights = torch.arange(1.0, 13.0, dtype=f64).reshape(4, 3)
+    for part, weight in zip(x.split(1), weights.split(1), strict=True):
+        (layer(part, R) * weight).sum().backward()
+    assert_gradients([x.grad, net.weight.grad, net.bias.grad], exact(net, x))
+    with torch.no_grad():
+        assert not torch.equal(net.weight.grad, torch.zeros_like(net.weight))
+    layer.zero_grad()
+    assert net.weight.grad is None
 
 
-# -- threads and processes' halves -----------------------------------------------------------------------------------
+# -- saved and copied ---------------------------------------------------------------------------------
 
 
-def replicate(model):
-    """What ``torch.nn.parallel.replicate`` does, on the CPU: parameters are copies that lead back to the originals."""
-    modules = list(model.modules())
-    replicas = {id(m): m._replicate_for_data_parallel() for m in modules}
-    for module in modules:
-        replica = replicas[id(module)]
-        for name, child in module._modules.items():
-            replica._modules[name] = replicas[id(child)]
-        for name, parameter in module._parameters.items():
-            setattr(replica, name, parameter.clone())
-    return replicas[id(model)]
+def test_a_state_dict_goes_through_a_file(net, x):
+    layer = layer_around(net)
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    other = nn.Linear(3, 3, dtype=f64)
+    twin = layer_around(other)
+    assert twin.load_state_dict(torch.load(file, weights_only=True)) == ([], [])
+    torch.testing.assert_close(twin(x, R), layer(x, R), rtol=1e-12, atol=1e-12)
+    assert torch.equal(other.weight, net.weight)
 
 
-def in_threads(work, count):
-    results, errors = [None] * count, []
-    start = threading.Barrier(count)
+def test_a_copy_made_while_a_graph_is_alive_leaves_it_alone(net, x):
+    layer = layer_around(net)
+    y = weighted(layer(x, R))
+    twin = copy.deepcopy(layer)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    assert twin(x, R).abs().max() < 1e-9
+    assert_gradients(torch.autograd.grad(y, [x, *net.parameters()]), exact(net, x))
 
-    def run(index):
+
+# -- threads ------------------------------------------------------------------------------------------
+
+
+def in_threads(work: Callable[[int], None], count: int = 4) -> None:
+    """Run ``work`` in threads at once; what one of them raises is raised here."""
+    errors: list[BaseException] = []
+    barrier = threading.Barrier(count)
+
+    def run(i: int) -> None:
         try:
-            start.wait(timeout=60)
-            results[index] = work(index)
-        except BaseException as error:  # to be raised by the main thread
+            barrier.wait()
+            for _ in range(3):
+                work(i)
+        except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(count)]
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    if errors:
-        raise errors[0]
-    return results
+    for error in errors:
+        raise error
 
 
-@pytest.mark.parametrize("build", [Model, lambda: OnItself("method")], ids=["model", "on itself"])
-def test_replicas_in_threads_lead_back_to_the_original(build):
-    """Data parallelism: scatter, replicate, run in threads, gather, one backward."""
-    model = build()
-    pieces = X.repeat(2, 1).split(2)
-    replicas = [replicate(model) for _ in pieces]
-    outputs = in_threads(lambda i: replicas[i](pieces[i]), len(pieces))
-    found = torch.autograd.grad(loss(torch.cat(outputs)), list(model.parameters()))
-    expected = torch.autograd.grad(loss(model.explicit(X.repeat(2, 1))), list(model.parameters()))
-    assert_gradients(found, expected)
+def rows(i: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(i)
+    return (2 * torch.randn(1 + i, 3, dtype=f64, generator=generator)).requires_grad_()
 
 
-@pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm start"])
-def test_one_layer_in_many_threads(warm):
-    layer = ddn.DeclarativeLayer(BALL, warm_start=warm)
+def test_threads_share_one_layer_and_its_module(net):
+    layer = layer_around(net)
 
-    def work(index):
-        found = []
-        for repetition in range(5):
-            x = (X + 0.1 * index + 0.01 * repetition).requires_grad_()
-            y = layer(x[: 1 + index % 4], R)
-            found.append((y.detach(), *torch.autograd.grad(loss(y), x)))
-        return found
+    def work(i: int) -> None:
+        x = rows(i)
+        gradients = torch.autograd.grad(weighted(layer(x, R)), [x, *net.parameters()])
+        assert_gradients(gradients, exact(net, x))
 
-    def expected(index, repetition):
-        x = (X + 0.1 * index + 0.01 * repetition).requires_grad_()
-        y = ball(x[: 1 + index % 4], R)
-        return y.detach(), *torch.autograd.grad(loss(y), x)
-
-    for index, found in enumerate(in_threads(work, 6)):
-        for repetition, pair in enumerate(found):
-            assert_gradients(pair, expected(index, repetition))
+    in_threads(work)
 
 
-def test_a_new_problem_is_compiled_once_by_many_threads():
-    target = torch.tensor([1.0, 2.0, 3.0], dtype=D)
-    problem = ddn.Problem({"u": (3,)}, {"x": (3,)}, lambda u, x: (u - x * target).square().sum())
-    outputs = in_threads(lambda i: ddn.solve(problem, {"x": X + i})["u"], 4)
-    assert all(close(y, (X + i) * target) for i, y in enumerate(outputs))
+def test_threads_on_replicas_send_their_gradients_to_the_original(net):
+    """As nn.DataParallel does: a replica's parameters are copies that autograd leads back to the original's."""
+    layer = layer_around(net)
+    replicas = [layer._replicate_for_data_parallel() for _ in range(4)]
+    for replica in replicas:
+        inner = net._replicate_for_data_parallel()
+        inner.weight, inner.bias = net.weight * 1.0, net.bias * 1.0
+        replica._modules = {**replica._modules, "net": inner}
+
+    def work(i: int) -> None:
+        x = rows(i)
+        y = weighted(replicas[i](x, R))
+        gradients = torch.autograd.grad(y, [x, *net.parameters()], retain_graph=True)
+        assert_gradients(gradients, exact(net, x))
+
+    in_threads(work)
 
 
-def test_backward_in_another_thread():
-    x = X.clone().requires_grad_()
-    y = ddn.DeclarativeLayer(BALL)(x, R)
-    in_threads(lambda _: loss(y).backward(), 1)
-    (expected,) = torch.autograd.grad(loss(ball(x, R)), x)
-    assert close(x.grad, expected)
-
-
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
-def test_distributed_data_parallel_of_one_process():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        model = Model()
-        loss(nn.parallel.DistributedDataParallel(model)(X)).backward()
-        expected = torch.autograd.grad(loss(model.explicit(X)), list(model.parameters()))
-        assert_gradients([p.grad for p in model.parameters()], expected)
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-# -- torch.func over models and over solve -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("build", [Model, lambda: OnItself("closure")], ids=["model", "on itself"])
-def test_gradients_sample_by_sample(build):
-    model = build()
-    weights = {name: p.detach() for name, p in model.named_parameters()}
-
-    # tie_weights=True leaves foreign tensors behind in modules that are registered twice (pytorch issue 164759)
-    def single(weights, x):
-        return loss(torch.func.functional_call(model, weights, (x,), tie_weights=False))
-
-    found = torch.func.vmap(torch.func.grad(single), in_dims=(None, 0))(weights, X)
-    for i, x in enumerate(X):
-        expected = torch.autograd.grad(loss(model.explicit(x)), list(model.parameters()))
-        assert_gradients([found[name][i] for name, _ in model.named_parameters()], expected)
-
-
-@pytest.mark.parametrize("build", [Model, lambda seed=0: OnItself("closure")], ids=["model", "on itself"])
-def test_an_ensemble_of_models(build):
-    models = [build() for _ in range(3)]
-    for i, model in enumerate(models):
+def test_threads_on_copies_train_apart(net):
+    layer = layer_around(net)
+    copies = [copy.deepcopy(layer) for _ in range(4)]
+    for i, twin in enumerate(copies):
         with torch.no_grad():
-            for p in model.parameters():
-                p.mul_(1 + 0.1 * i)
-    stacked, _ = torch.func.stack_module_state(models)
-    base = models[0]
-    found = torch.func.vmap(lambda w: torch.func.functional_call(base, w, (X,), tie_weights=False))(stacked)
-    assert close(found, torch.stack([model.explicit(X) for model in models]))
+            twin.net.weight.fill_(0.0)
+            twin.net.bias.fill_(0.1 * i)
+
+    def work(i: int) -> None:
+        y = copies[i](rows(i), R)
+        torch.testing.assert_close(y, torch.full_like(y, 0.1 * i), rtol=0, atol=1e-9)
+        y.sum().backward()
+
+    in_threads(work)
+    assert net.weight.grad is None
+    assert all(twin.net.bias.grad is not None for twin in copies)
 
 
-OUTPUTS = {
-    "primal": (lambda s: s["u"], lambda x, r: ball(x, r)),
-    "objective": (lambda s: s.objective, lambda x, r: 0.5 * (x.norm(dim=-1) - r).square()),
-    "multiplier": (
-        lambda s: s.dual.inequality["ball"],
-        lambda x, r: (x.norm(dim=-1) - r) / (2 * r),
-    ),
-}
-DERIVATIVES = {
-    "jacrev": torch.func.jacrev,
-    "jacfwd": torch.func.jacfwd,
-    "vmap of jacrev": lambda f, argnums: torch.func.vmap(torch.func.jacrev(f, argnums), in_dims=(0, None)),
-    "vmap of jacfwd": lambda f, argnums: torch.func.vmap(torch.func.jacfwd(f, argnums), in_dims=(0, None)),
-    "hessian": lambda f, argnums: torch.func.hessian(lambda x, r: f(x, r).sum(), argnums),
-    "jacrev of jacfwd": lambda f, argnums: torch.func.jacrev(torch.func.jacfwd(f, argnums), argnums),
-}
+class Doubling(nn.Linear):
+    """Twice as much in training as in evaluation."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * (2.0 if self.training else 1.0)
 
 
-@pytest.mark.parametrize("derivative", DERIVATIVES)
-@pytest.mark.parametrize("output", OUTPUTS)
-def test_transforms_of_every_output_of_solve(output, derivative):
-    pick, formula = OUTPUTS[output]
+def test_a_first_call_in_another_mode_from_many_threads():
+    """The functions are traced again for evaluation, while others wait for the trace or use it."""
+    net = Doubling(3, 3, dtype=f64)
+    layer = layer_around(net)
+    layer.eval()
 
-    def function(x, r):
-        return pick(ddn.solve(BALL, {"x": x, "r": r}))
+    def work(i: int) -> None:
+        y, expected = layer(rows(i), R), projection(net, rows(i), R)
+        torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-9)
 
-    for argnums in (0, 1):
-        found = DERIVATIVES[derivative](function, argnums)(X, R)
-        expected = DERIVATIVES[derivative](formula, argnums)(X, R)
-        assert close(found, expected, 1e-9)
-
-
-def test_vjp_and_jvp_over_a_layer_of_several_variables():
-    problem = ddn.Problem(
-        {"u": (3,), "v": ()}, {"x": (3,)}, lambda u, v, x: (u - x).square().sum() + (v - x.sum()).square(),
-        equality={"tie": lambda u, v: u[0] - v},
-    )  # fmt: skip
-    layer = ddn.DeclarativeLayer(problem)
-
-    def formula(x):
-        v = (x[..., 0] + x.sum(-1)) / 2
-        return torch.cat([v.unsqueeze(-1), x[..., 1:]], -1), v
-
-    direction = X.flip(0)
-    for one, two in zip(
-        torch.func.jvp(layer, (X,), (direction,)), torch.func.jvp(formula, (X,), (direction,)), strict=True
-    ):
-        assert all(close(a, b) for a, b in zip(one, two, strict=True))
-    (found,) = torch.func.vjp(layer, X)[1]((direction, direction[:, 0]))
-    (expected,) = torch.func.vjp(formula, X)[1]((direction, direction[:, 0]))
-    assert close(found, expected)
-
-
-# -- autograd's own batches, older than torch.func -----------------------------------------------------------------------
-
-
-def eye(rows, *shape):
-    return torch.eye(rows, dtype=D).reshape(rows, *shape)
-
-
-@pytest.mark.parametrize("strategy", ["reverse-mode", "forward-mode"])
-@pytest.mark.parametrize("argument", [0, 1])
-def test_vectorised_jacobians(strategy, argument):
-    layer = ddn.DeclarativeLayer(BALL)
-
-    def of_one(function):
-        return (lambda x: function(x, R), lambda r: function(X, r))[argument]
-
-    inputs = (X, R)[argument]
-    found = functional.jacobian(of_one(layer), inputs, vectorize=True, strategy=strategy)
-    assert close(found, functional.jacobian(of_one(ball), inputs))
-
-
-def test_batched_cotangents_through_a_model_and_again_through_themselves():
-    model = Model()
-    x = X.clone().requires_grad_()
-
-    def twice(function):
-        (rows,) = torch.autograd.grad(function(x), x, eye(8, 4, 2), is_grads_batched=True, create_graph=True)
-        return rows, torch.autograd.grad(rows.square().sum(), x)[0]
-
-    for found, expected in zip(twice(model), twice(model.explicit), strict=True):
-        assert close(found, expected)
-
-
-def test_vectorised_second_derivatives():
-    layer = ddn.DeclarativeLayer(BALL)
-    scalar = [lambda x: layer(x, R).pow(3).sum(), lambda x: ball(x, R).pow(3).sum()]
-    found, expected = (functional.hessian(f, X, vectorize=True) for f in scalar)
-    assert close(found, expected)
-    nested = [
-        functional.jacobian(
-            lambda x: functional.jacobian(lambda x: f(x, R), x, vectorize=True, create_graph=True),  # noqa: B023
-            X[:1],
-            vectorize=True,
-        )
-        for f in (layer, ball)
-    ]
-    assert close(*nested)
-    with pytest.raises(ddn.SensitivityError, match=r"torch\.func\.hessian"):
-        functional.hessian(scalar[0], X, vectorize=True, outer_jacobian_strategy="forward-mode")
-
-
-def test_batched_cotangents_beside_failed_and_weakly_active_samples():
-    problem = ddn.Problem(
-        {"u": ()}, {"x": (), "b": ()}, lambda u, x: 0.5 * (u - x).square(), bounds={"u": (0.0, "b")}
-    )
-    x = torch.tensor([-1.0, 0.0, 0.5, 3.0, 1.0], dtype=D, requires_grad=True)
-    b = torch.tensor([1.0, 1.0, 1.0, 1.0, -1.0], dtype=D)
-    policy = ddn.Policy(on_failure="mask", weakly_active="mean")
-    y = ddn.solve(problem, {"x": x, "b": b}, policy=policy)["u"]
-    (found,) = torch.autograd.grad(y, x, eye(5, 5), is_grads_batched=True)
-    assert close(found, torch.diag(torch.tensor([0.0, 0.5, 1.0, 0.0, 0.0], dtype=D)))
-
-
-def test_batched_tangents_get_directional_derivatives_each():
-    """At a kink of the solution a tangent and its negative have different derivatives."""
-    relu = ddn.Problem({"u": ()}, {"x": ()}, lambda u, x: 0.5 * (u - x).square(), bounds={"u": (0.0, None)})
-    layer = ddn.DeclarativeLayer(relu)
-    x = torch.tensor([-1.0, 0.0, 1.0], dtype=D)
-    forward = functional.jacobian(layer, x, vectorize=True, strategy="forward-mode")
-    assert close(forward, torch.diag(torch.tensor([0.0, 1.0, 1.0], dtype=D)))
-    reverse = functional.jacobian(layer, x, vectorize=True)
-    assert close(reverse, torch.diag(torch.tensor([0.0, 0.0, 1.0], dtype=D)))
+    in_threads(work)

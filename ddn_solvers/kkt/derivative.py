@@ -26,6 +26,7 @@ import torch
 
 from ddn_solvers.active_set import ActiveSet, kink_sides
 from ddn_solvers.arrays import Array, Mask
+from ddn_solvers.errors import DegeneracyWarning, warn_caller
 from ddn_solvers.kkt.conditions import (
     ActiveConditions,
     Cotangents,
@@ -157,12 +158,21 @@ class Linearisation:
         change = Change.along(self._at, tangents)
         changes = (change.gradient, change.constraints, change.lower, change.upper)
         moved = tangent(self.conditions, *(torch.from_numpy(a) for a in changes))
+        without: list[int] = []
         for i in np.flatnonzero(self.directional):
             one, rows = np.array([i]), [t if t.ndim == 1 else t[[i]] for t in tangents]
             found = directional_derivative(self.evaluation.take(one), self.active.take(one), rows)
-            if found is not None:
-                for part, row in zip(vars(moved).values(), found, strict=True):
-                    part[i] = torch.from_numpy(row)
+            if found is None:
+                without.append(int(i))
+                continue
+            for part, row in zip(vars(moved).values(), found, strict=True):
+                part[i] = torch.from_numpy(row)
+        if without:
+            warn_caller(
+                f"there is no directional derivative for sample {without[0]} (no solution of the problem is near in "
+                "that direction, or none is unique): that of the active set is returned",
+                DegeneracyWarning,
+            )
         gradient = torch.from_numpy(self.evaluation.first.gradient)
         objective = torch.from_numpy(change.objective[:, 0]) + (gradient * moved.z).sum(-1)
         return (*vars(moved).values(), objective)
