@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install -c const
 
 export MPLBACKEND := Agg
 
-.PHONY: demo test format lint types layers package unit clean
+.PHONY: demo test format lint types layers package unit fuzz clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.library
@@ -51,6 +51,15 @@ unit: export OPENBLAS_NUM_THREADS := 1
 unit: export MKL_NUM_THREADS := 1
 unit: $(VENV)/.development
 	$(BIN)/pytest -n $(WORKERS) --maxprocesses 8
+
+# The property-based tests, forty times as many examples and anew each time; SEED=... runs one again.
+SEED ?= $(shell date +%s)
+fuzz: export DDN_FUZZ := 40
+fuzz: export OMP_NUM_THREADS := 1
+fuzz: export OPENBLAS_NUM_THREADS := 1
+fuzz: export MKL_NUM_THREADS := 1
+fuzz: $(VENV)/.development
+	$(BIN)/pytest -n $(WORKERS) --maxprocesses 8 --hypothesis-seed=$(SEED) tests/test_fuzz.py
 
 clean:
 	rm -rf $(VENV) $(WHEEL_VENV) dist

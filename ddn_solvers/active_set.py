@@ -23,6 +23,8 @@ from ddn_solvers.arrays import Array, Mask
 from ddn_solvers.pieces import spread
 from ddn_solvers.residuals import Evaluation
 
+_AT_ZERO = 1e-6  # scaled length of a vector, or lack of force, within which its norm counts as zero
+
 
 @dataclass(frozen=True)
 class ActiveSet:
@@ -63,6 +65,17 @@ class ActiveSet:
         """Variables that an active bound fixes, (B, n)."""
         return self.lower | self.upper
 
+    def droppable(self, numbers: Any) -> Mask:
+        """Weakly active sides that can be dropped: not the zero of a vector's norm, off which nothing is smooth.
+
+        Args:
+            numbers: Which kinks are those of one number, (k,) bool.
+        """
+        dropped = self.weak.copy()
+        stop = dropped.shape[1] - 2 * self.n
+        dropped[:, stop - len(numbers) : stop] &= numbers
+        return dropped
+
     def take(self, samples: Any) -> ActiveSet:
         return replace(self, sides=self.sides[samples], weak=self.weak[samples], margin=self.margin[samples])
 
@@ -76,9 +89,13 @@ def identify(evaluation: Evaluation, tolerance: float | np.ndarray[Any, Any]) ->
     larger = np.where(np.isfinite(slack), np.maximum(slack, multiplier), np.inf)
     if evaluation.program.pieces is not None:
         kinks, idle = kink_sides(evaluation), evaluation.idle_kinks
-        bends = (evaluation.scaled_kink_weights <= tolerance) & evaluation.program.numbers
-        sides[:, kinks] &= ~idle & ~bends
+        numbers = evaluation.program.numbers
+        bends = (evaluation.scaled_kink_weights <= tolerance) & numbers
+        # Off a norm's zero its Hessian has no limit, so what may lie on it does.
+        at_zero = (slack[:, kinks] <= _AT_ZERO) & (multiplier[:, kinks] >= -_AT_ZERO) & ~numbers
+        sides[:, kinks] = (sides[:, kinks] | at_zero) & ~idle & ~bends
         weak[:, kinks] &= ~idle
+        weak[:, kinks] &= ~bends | _bent(evaluation, weak[:, kinks] & bends)[:, None]
         larger[:, kinks] = np.where(idle, np.inf, larger[:, kinks])
     fixed = fixed_by_bounds(evaluation)
     n = fixed.shape[1]
@@ -92,6 +109,17 @@ def identify(evaluation: Evaluation, tolerance: float | np.ndarray[Any, Any]) ->
     return ActiveSet(sides, weak & ~twice, margin, evaluation.program.equality.size, n)
 
 
+def _bent(evaluation: Evaluation, bends: Mask) -> Any:
+    """Samples in which the second derivative does jump at their ``bends``, (B,) bool: that of |u|^3 does not."""
+    if not bends.any():
+        return bends.any(axis=1)
+    sides = [
+        _on_pieces(evaluation, np.where(bends, sign, evaluation.point.pieces), bends) for sign in (-1.0, 1.0)
+    ]
+    difference = np.abs(sides[0].hessian - sides[1].hessian).max(axis=(1, 2), initial=0.0)
+    return difference * evaluation.size[:, 0] > 1e-9 * evaluation.force[:, 0]
+
+
 def kink_sides(evaluation: Evaluation) -> slice:
     """Where the kinks are among the sides."""
     start = evaluation.program.inequality.size
@@ -101,8 +129,9 @@ def kink_sides(evaluation: Evaluation) -> slice:
 def settled(evaluation: Evaluation, active: ActiveSet) -> Evaluation:
     """The same points on the pieces that ``active`` says: sigma = 0 on a kink, and mu = 0 off it.
 
-    A weakly active one is on the piece to which its force leads. A kink that is left is left to the side to which it is pushed too hard, or on which the point lies; one that
-    is reached takes over the force of its piece.
+    A weakly active one is on the piece to which its force leads. A kink that is left is left to the side to
+    which it is pushed too hard, or on which the point lies; one that is reached takes over the force of its
+    piece. Of a bend it is the piece r > 0.
     """
     point, program = evaluation.point, evaluation.program
     if program.pieces is None:
@@ -113,7 +142,9 @@ def settled(evaluation: Evaluation, active: ActiveSet) -> Evaluation:
     pushed = weak | (-evaluation.scaled_multiplier[:, kinks] > evaluation.scaled_slack[:, kinks])
     side = np.where(pushed & (mu != 0), mu, evaluation.kink_residuals)
     side = np.where((side < 0) & program.numbers, -1.0, 1.0)
-    stays = (sigma != 0) & ~evaluation.idle_kinks
+    bends = active.weak[:, kinks] & ~on
+    side = np.where(bends, 1.0, side)  # whatever side rounding has put the point on
+    stays = (sigma != 0) & ~evaluation.idle_kinks & ~bends
     pieces = np.where(on & ~weak, 0.0, np.where(stays, sigma, side))
     if np.array_equal(pieces, sigma):
         return evaluation
@@ -121,9 +152,12 @@ def settled(evaluation: Evaluation, active: ActiveSet) -> Evaluation:
 
 
 def _on_pieces(evaluation: Evaluation, pieces: Array, on: Mask) -> Evaluation:
-    """The same points on other pieces; the whole force of a kink, mu + sigma w, stays where it is ``on``."""
+    """The same points on other pieces; the whole force of a kink, mu + sigma w r/|r|, stays where it is ``on``."""
     point = evaluation.point
-    mu = evaluation.kink_forces + (point.pieces - pieces) * evaluation.kink_weights
+    mu = (
+        evaluation.kink_forces
+        + (point.pieces - pieces) * evaluation.kink_weights * evaluation.kink_directions
+    )
     y = point.y.copy()
     y[:, evaluation.program.constraints :] = np.where(on, mu, 0.0)
     return Evaluation.at(evaluation.program, evaluation.bound, replace(point, y=y, pieces=pieces))

@@ -24,8 +24,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from ddn_solvers.problem import Problem
+from ddn_solvers.validation import FIELDS
 
 Overrides = Mapping[str, Any]
 _SCALARS = (bool, int, float, complex, str, bytes, type(None), np.generic)
@@ -33,7 +35,18 @@ _MAX_DEPTH = 12
 _MAX_OBJECTS = 20_000  # a captured data set is not searched to its last item
 _MAX_COMPARED = 100_000  # entries of a constant up to which its content is compared, not only its version
 # Packages whose functions and objects hold no captures of the user's.
-_FOREIGN = ("torch", "numpy", "scipy", "builtins", "math", "casadi", "cvxpy", "functools", "operator")
+_FOREIGN = (
+    "torch",
+    "numpy",
+    "scipy",
+    "builtins",
+    "math",
+    "casadi",
+    "cvxpy",
+    "functools",
+    "operator",
+    "ddn_solvers",
+)
 
 
 @dataclass(frozen=True)
@@ -112,7 +125,8 @@ def fingerprint(value: Any, is_input: bool) -> tuple[Any, ...]:
             return ("input", tuple(value.shape))
         return ("constant", value.requires_grad, *_content(value))
     if isinstance(value, np.ndarray):
-        return ("array", *_content(torch.from_numpy(value) if value.dtype.kind in "fiu" else value))
+        with temporarily_clear_interpreter_stack():
+            return ("array", *_content(torch.from_numpy(value) if value.dtype.kind in "fiu" else value))
     if isinstance(value, _SCALARS):
         return (type(value), repr(value))
     if isinstance(value, torch.nn.Module):
@@ -133,12 +147,10 @@ def _content(value: Any) -> tuple[Any, ...]:
     if not isinstance(value, torch.Tensor):
         return (value.dtype.str, value.shape, value.tobytes() if value.dtype.kind != "O" else id(value))
     if value.device.type == "cpu" and value.numel() <= _MAX_COMPARED and not value.is_sparse:
-        data = value.detach().resolve_conj().resolve_neg().contiguous().view(-1)
-        return (
-            value.dtype,
-            tuple(value.shape),
-            data.view(torch.uint8).numpy().tobytes() if data.numel() else b"",
-        )
+        with temporarily_clear_interpreter_stack():  # else a torch.func transform in force would wrap it
+            data = value.detach().resolve_conj().resolve_neg().contiguous().view(-1)
+            content = data.view(torch.uint8).numpy().tobytes() if data.numel() else b""
+        return (value.dtype, tuple(value.shape), content)
     return (value.dtype, tuple(value.shape), id(value), None if value.is_inference() else value._version)
 
 
@@ -219,6 +231,9 @@ class _Walk:
         elif isinstance(value, type):
             if not _foreign(value.__module__):
                 yield from self._class(accessor, value, depth)
+        elif isinstance(value, Problem):  # what it says, not what was compiled from it
+            for key in FIELDS:
+                yield from self.value(accessor.step("attr", key), getattr(value, key), depth + 1)
         elif not _foreign(type(value).__module__):
             yield accessor, value, in_module
             for key in _attributes(value):
@@ -227,6 +242,7 @@ class _Walk:
 
     def _class(self, accessor: Accessor, cls: type, depth: int) -> Iterator[Found]:
         """Attributes of a user's class, and what its methods refer to."""
+        overridden: set[str] = set()
         for base in cls.__mro__:
             if _foreign(base.__module__) or id(base.__dict__) in self.visited:
                 continue
@@ -234,10 +250,13 @@ class _Walk:
             for key, attribute in list(vars(base).items()):
                 if isinstance(attribute, types.FunctionType):
                     yield from self.function(accessor, attribute, depth + 1)
-                elif not key.startswith("__") and isinstance(
-                    attribute, (*_SCALARS, torch.Tensor, list, dict, tuple)
+                elif (
+                    not key.startswith("__")
+                    and key not in overridden
+                    and isinstance(attribute, (*_SCALARS, torch.Tensor, list, dict, tuple))
                 ):
                     yield from self.value(accessor.step("attr", key), attribute, depth + 1)
+            overridden |= vars(base).keys()
 
     def _module(self, accessor: Accessor, module: torch.nn.Module, depth: int) -> Iterator[Found]:
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ddn_solvers.arrays import Mask
 from ddn_solvers.kkt.curvature import Curvature, curvature
 from ddn_solvers.kkt.linear import SINGULAR
+from ddn_solvers.kkt.multipliers import dependent_rows
 from ddn_solvers.kkt.system import System
 from ddn_solvers.kkt.verify import Verified
 from ddn_solvers.policy import Policy
+from ddn_solvers.program import Program
 from ddn_solvers.residuals import Evaluation
 
 _SHOWN = 5  # names of active constraints listed in a report
@@ -33,9 +36,11 @@ class Certificate:
         margin: Smallest of scaled slack or multiplier that decided the active set; infinite where
             there is nothing to decide.
         condition: Estimate of the condition number of the equilibrated KKT matrix.
+        adjoint_residual: |K w - v| / |v| of the solve that a vjp makes, for a fixed v in the range of K.
         stationarity, feasibility, complementarity: Unscaled maximum norms at the polished point.
-        active, weakly_active: By constraint name and ``"variable.lower"`` / ``"variable.upper"``,
-            bool tensors (*batch, *shape).
+        active, weakly_active, dependent: By constraint name and ``"variable.lower"`` / ``"variable.upper"``,
+            bool tensors (*batch, *shape); kinks by operation and line, (*batch, number of kinks there).
+            ``dependent``: active ones whose gradients depend on each other.
         null_space: One orthonormal basis a sample of the directions in which the KKT conditions do
             not determine the solution, (n, k).
         policy: What decided where there was a choice.
@@ -51,11 +56,13 @@ class Certificate:
     one_sided: torch.Tensor
     margin: torch.Tensor
     condition: torch.Tensor
+    adjoint_residual: torch.Tensor
     stationarity: torch.Tensor
     feasibility: torch.Tensor
     complementarity: torch.Tensor
     active: Mapping[str, torch.Tensor]
     weakly_active: Mapping[str, torch.Tensor]
+    dependent: Mapping[str, torch.Tensor]
     null_space: list[torch.Tensor]
     policy: Policy
     distance: torch.Tensor
@@ -75,22 +82,42 @@ class Certificate:
         verdict = "unique two-sided derivative" if at(self.ok) else "NOT a unique two-sided derivative"
         if self.reasons[i]:
             verdict = f"not a verified solution ({self.reasons[i]})"
+        dependent = f": {self._names(self.dependent, i)} depend on each other" if not at(self.licq) else ""
+        flat = self.null_space[i].shape[1]
         lines = [
             f"{title}{verdict}",
             f"  residuals         stationarity {at(self.stationarity):.1e}, feasibility {at(self.feasibility):.1e}, "
             f"complementarity {at(self.complementarity):.1e}",
             f"  active            {self._names(self.active, i)}",
             f"  weakly active     {self._names(self.weakly_active, i)} (margin {at(self.margin):.1e})",
-            f"  LICQ              {_yes(at(self.licq))}"
-            + (f", {int(at(self.rank_deficiency))} dependent" if at(self.rank_deficiency) else ""),
-            f"  second order      {_yes(at(self.sosc))}",
-            f"  KKT matrix        {'singular' if at(self.singular) else 'regular'}, condition {at(self.condition):.1e}",
+            f"  LICQ              {_yes(at(self.licq))}{dependent}",
+            f"  second order      {_yes(at(self.sosc))}"
+            + (f": {flat} flat direction{'s' if flat > 1 else ''}, in null_space" if flat else ""),
+            f"  KKT matrix        {'singular' if at(self.singular) else 'regular'}, condition {at(self.condition):.1e}, "
+            f"adjoint residual {at(self.adjoint_residual):.1e}",
+            f"  derivative        {self._treatment(bool(at(self.singular)), bool(at(self.one_sided)))}",
         ]
-        if at(self.singular):
-            lines.append(f"  derivative        by policy.on_singular = {self.policy.on_singular!r}")
-        if at(self.one_sided):
-            lines.append(f"  derivative        by policy.weakly_active = {self.policy.weakly_active!r}")
         return "\n".join(lines)
+
+    def _treatment(self, singular: bool, one_sided: bool) -> str:
+        """What the policy made of a sample."""
+        policy = self.policy
+        if policy.smoothing:
+            return f"smoothed: every slack and multiplier on s l = {policy.smoothing:.0e} (policy.smoothing)"
+        parts = []
+        if singular and policy.on_singular == "proximal":
+            parts.append(
+                f"with {policy.proximal:.0e} added to the curvature of flat directions (policy.on_singular)"
+            )
+        elif singular:
+            parts.append("of minimum norm where it is not unique (policy.on_singular)")
+        if one_sided:
+            side = {"mean": "the mean of both sides", "inactive": "weakly active ones dropped"}
+            chosen = side.get(policy.weakly_active, "weakly active ones kept")
+            parts.append(f"vjp: {chosen} (policy.weakly_active); jvp: the directional derivative")
+        if policy.nonsmooth == "clarke":
+            parts.append("in the middle of the subdifferential at kinks (policy.nonsmooth)")
+        return "; ".join(parts) or "exact"
 
     def _names(self, masks: Mapping[str, torch.Tensor], i: int) -> str:
         found = []
@@ -120,35 +147,25 @@ def certify(
     program = evaluation.program
     with np.errstate(all="ignore"):
         system = System(
-            torch.from_numpy(np.nan_to_num(evaluation.hessian)),
-            torch.from_numpy(np.nan_to_num(evaluation.regular_jacobian)),
+            evaluation.H.map(np.nan_to_num),
+            evaluation.regular_J.map(np.nan_to_num),
             torch.from_numpy(active.constraints),
             torch.from_numpy(active.fixed),
+            linear_solver=policy.linear_solver,
         )
         bent = curvature(evaluation, active)
     one_sided = active.weak.any(axis=1)
     singular = system.singular.numpy()
-    sides = {
-        "lower": (active.lower, active.weak[:, -2 * active.n : -active.n]),
-        "upper": (active.upper, active.weak[:, -active.n :]),
-    }
-    strong: dict[str, torch.Tensor] = {}
-    weak: dict[str, torch.Tensor] = {}
-    rows = torch.from_numpy(active.constraints)
-    weak_rows = torch.from_numpy(
-        np.concatenate(
-            [np.zeros((len(rows), active.equalities), dtype=bool), active.weak[:, : -2 * active.n]], 1
+    n, m = active.n, active.equalities
+    weak = np.concatenate([np.zeros_like(active.constraints[:, :m]), active.weak[:, : -2 * n]], axis=1)
+    strongly, weakly, dependent = (
+        _by_name(program, batch, *masks)
+        for masks in (
+            (active.constraints, active.lower, active.upper),
+            (weak, active.weak[:, -2 * n : -n], active.weak[:, -n:]),
+            dependent_rows(evaluation, active, bent),
         )
     )
-    for layout, start in ((program.equality, 0), (program.inequality, active.equalities)):
-        stop = start + layout.size
-        strong |= layout.split(rows[:, start:stop].reshape(*batch, layout.size))
-        weak |= layout.split(weak_rows[:, start:stop].reshape(*batch, layout.size))
-    for side, (mask, weak_mask) in sides.items():
-        for target, values in ((strong, mask), (weak, weak_mask)):
-            split = program.variables.split(torch.from_numpy(values).reshape(*batch, active.n))
-            bounded = {t.name for t in program.graph.terms if t.kind == side}
-            target |= {f"{name}.{side}": value for name, value in split.items() if name in bounded}
 
     def shaped(values: object) -> torch.Tensor:
         return torch.as_tensor(np.asarray(values)).reshape(batch)
@@ -163,14 +180,16 @@ def certify(
         one_sided=shaped(one_sided),
         margin=shaped(active.margin),
         condition=shaped(system.condition.numpy()),
+        adjoint_residual=shaped(system.error().numpy()),
         **{
             name: shaped(values)
             for name, values in zip(
                 ("stationarity", "feasibility", "complementarity"), evaluation.norms, strict=True
             )
         },
-        active=strong,
-        weakly_active=weak,
+        active=strongly,
+        weakly_active=weakly,
+        dependent=dependent,
         null_space=_flat_directions(evaluation, bent),
         policy=policy,
         distance=shaped(distance),
@@ -178,8 +197,31 @@ def certify(
     )
 
 
+def _by_name(
+    program: Program, batch: tuple[int, ...], rows: Mask, lower: Mask, upper: Mask
+) -> dict[str, torch.Tensor]:
+    """Masks of rows of c (B, rows) and of bounds (B, n) by the names of what they belong to."""
+    found: dict[str, torch.Tensor] = {}
+    of_rows = torch.from_numpy(rows)
+    m = program.equality.size
+    for layout, start, stop in ((program.equality, 0, m), (program.inequality, m, program.constraints)):
+        found |= layout.split(of_rows[:, start:stop].reshape(*batch, layout.size))
+    if program.pieces is not None:
+        names = [str(kink) for kink in program.pieces.kinks]
+        for name in dict.fromkeys(names):
+            index = [program.constraints + k for k, other in enumerate(names) if other == name]
+            found[name] = of_rows[:, index].reshape(*batch, len(index))
+    for side, mask in (("lower", lower), ("upper", upper)):
+        split = program.variables.split(torch.from_numpy(mask).reshape(*batch, program.variables.size))
+        bounded = {term.name for term in program.graph.terms if term.kind == side}
+        found |= {f"{name}.{side}": value for name, value in split.items() if name in bounded}
+    return found
+
+
 def _flat_directions(evaluation: Evaluation, bent: Curvature) -> list[torch.Tensor]:
     """Directions in the null space of the active rows without curvature: where dz is free, (n, k) each."""
+    if not bent.null.shape[1]:  # too large for a basis, or regular: then there are none
+        return [torch.zeros(evaluation.point.z.shape[1], 0, dtype=torch.float64) for _ in bent.null]
     bases = []
     for null, hessian, unit in zip(bent.null, np.nan_to_num(evaluation.hessian), bent.unit, strict=True):
         basis = null[(null != 0).any(axis=1)].T  # (n, n - rank)

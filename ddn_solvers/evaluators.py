@@ -127,7 +127,7 @@ class Evaluators:
     def tangent(
         self, z: Array, parameters: Sequence[Array], y: Array, tangents: Sequence[Array]
     ) -> list[Array]:
-        """Directional derivatives of grad_z(f + y^T c), c, lower, upper along ``tangents``."""
+        """Directional derivatives of f, grad_z(f + y^T c), c, lower, upper along ``tangents``."""
         return self._kernel("tangent")(_batched(z), *parameters, y, *tangents)
 
     def evaluate_nodes(self, nodes: Sequence[fx.Node], parameters: Sequence[Array]) -> list[Array]:

@@ -9,16 +9,17 @@ of the backward is asked for, the compiled functions serve instead.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from ddn_solvers.active_set import ActiveSet
-from ddn_solvers.arrays import Array, Index
+from ddn_solvers.arrays import Array, Index, Mask
 from ddn_solvers.errors import DegeneracyWarning, SensitivityError, warn_caller
-from ddn_solvers.kkt.derivative import Cotangents, Linearisation, Multipliers, TorchLinearisation, scale_rows
+from ddn_solvers.kkt.conditions import Cotangents, Multipliers
+from ddn_solvers.kkt.derivative import Linearisation, TorchLinearisation, scale_rows
 from ddn_solvers.kkt.verify import Verified, on_chosen_pieces
 from ddn_solvers.policy import Policy
 from ddn_solvers.program import Program
@@ -36,8 +37,8 @@ class Outputs(NamedTuple):
     objective: torch.Tensor  # (B,)
     pieces: torch.Tensor  # (B, k), see PrimalDual
     sides: torch.Tensor  # (B, q + k + 2n) bool, see ActiveSet
-    weak: torch.Tensor  # (B, q + k + 2n) bool
-    singular: torch.Tensor  # (B,) bool
+    weak: torch.Tensor  # (B, q + k + 2n) bool, those that can be dropped
+    singular: torch.Tensor  # (B, 2) bool: with and without the weakly active rows
     gradient_scale: torch.Tensor  # (B,): 1; 0 for masked and NaN for failed samples
     converged: torch.Tensor  # (B,) bool
     residuals: torch.Tensor  # (B, 3): stationarity, feasibility, complementarity, unscaled
@@ -56,6 +57,7 @@ class Operation:
         find: Parameter blocks, (B, size) or shared (size,), to outputs.
         verified: Set by ``find``: what was established about the points it returned.
         failed: Set by ``find``: some sample has no derivative (masked or NaN).
+        any_singular: Set by ``find``: some KKT matrix is singular, with or without weakly active rows.
     """
 
     program: Program
@@ -63,6 +65,7 @@ class Operation:
     find: Callable[[tuple[Array, ...]], Outputs]
     verified: Verified | None = None
     failed: bool = False
+    any_singular: bool = False
     _linearisation: Linearisation | None = None
 
     @classmethod
@@ -79,13 +82,26 @@ class Operation:
         unknown = np.full(len(point.z), np.nan)
         active = ActiveSet(at["sides"], at["weak"], unknown, program.equality.size, program.variables.size)
         status = tuple(Status.OPTIMAL if good else Status.NOT_A_KKT_POINT for good in at["converged"])
-        verified = Verified(evaluation, active, at["singular"], unknown, status, ("",) * len(status))
+        verified = Verified(evaluation, active, at["singular"][:, 0], unknown, status, ("",) * len(status))
         return cls(program, policy, _not_again, verified)
 
     def established(self) -> Verified:
         """``verified``, once ``find`` has run."""
         assert self.verified is not None
         return self.verified
+
+    def depends_on_direction(self) -> bool:
+        """Whether forward mode has to ask for directional derivatives: some sample has no linear one."""
+        verified = self.established()
+        return verified.one_sided or (
+            verified.degenerate and bool(self.linearisation(self.good).directional.any())
+        )
+
+    @property
+    def good(self) -> Index:
+        """Samples that have a derivative."""
+        verified = self.established()
+        return np.flatnonzero(verified.optimal) if self.failed else np.arange(len(verified.status))
 
     def linearisation(self, good: Index) -> Linearisation:
         """The KKT systems of the samples ``good`` of the batch that ``find`` returned, factored once."""
@@ -111,11 +127,7 @@ def check_derivative(policy: Policy, verified: Verified) -> None:
     Raises:
         SensitivityError: The policy refuses it.
     """
-    if policy.smoothing > 0:
-        raise SensitivityError(
-            "policy.smoothing is not available in this version; set it to 0 for the exact derivative"
-        )
-    if verified.one_sided and policy.weakly_active == "raise":
+    if verified.one_sided and policy.weakly_active == "raise" and not policy.smoothing:
         raise SensitivityError(
             "a constraint is weakly active (neither slack nor multiplier), so the derivative is one-sided. "
             "See solution.certificate, or choose policy.weakly_active."
@@ -133,9 +145,20 @@ def check_derivative(policy: Policy, verified: Verified) -> None:
         )
 
 
+def to_differentiate(verified: Verified, policy: Policy) -> Verified:
+    """Verified points as the policy wants them differentiated: on which pieces, smoothed or not."""
+    verified = on_chosen_pieces(verified, policy)
+    if not policy.smoothing:
+        return verified
+    good, singular = np.flatnonzero(verified.optimal), np.zeros_like(verified.singular)
+    here = Linearisation(verified.evaluation.take(good), verified.active.take(good), singular[good], policy)
+    singular[good] = here.singular_smoothed
+    return replace(verified, singular=singular, system=None)
+
+
 def outputs_of(operation: Operation, verified: Verified) -> Outputs:
     """A verified batch as the operation's outputs; failed samples as ``policy.on_failure`` says."""
-    operation.verified = verified = on_chosen_pieces(verified, operation.policy)
+    operation.verified = verified = to_differentiate(verified, operation.policy)
     converged, on_failure = verified.optimal, operation.policy.on_failure
     evaluation, active = verified.evaluation, verified.active
     point = evaluation.point
@@ -150,8 +173,23 @@ def outputs_of(operation: Operation, verified: Verified) -> Outputs:
         for array in arrays:
             array[~converged] = np.nan
     norms = np.stack(evaluation.norms, axis=1)
-    rest = [point.pieces, active.sides, active.weak, verified.singular, scale, converged, norms]
+    singular = np.stack([verified.singular, _singular_without_weak(operation, verified)], axis=1)
+    dropped = active.droppable(evaluation.program.numbers)
+    rest = [point.pieces, active.sides, dropped, singular, scale, converged, norms]
     return Outputs(*(torch.from_numpy(np.ascontiguousarray(a)) for a in (*arrays, *rest)))
+
+
+def _singular_without_weak(operation: Operation, verified: Verified) -> Mask:
+    """Singular samples of the system without the weakly active rows, where the policy asks for it, (B,)."""
+    singular = verified.singular.copy()
+    weak = np.flatnonzero(verified.active.weak.any(axis=1) & verified.optimal)
+    if weak.size and operation.policy.weakly_active in ("inactive", "mean"):
+        here = Linearisation(
+            verified.evaluation.take(weak), verified.active.take(weak), singular[weak], operation.policy
+        )
+        singular[weak] = here.singular_without_weak
+    operation.any_singular = bool(singular.any() or verified.singular.any())
+    return singular
 
 
 def apply(operation: Operation, blocks: Sequence[torch.Tensor]) -> Outputs:
@@ -181,6 +219,7 @@ class _Implicit(torch.autograd.Function):
         if all(c is None for c in cotangents[:_DIFFERENTIABLE]):
             return (None,) * (1 + ctx.blocks)
         check_derivative(operation.policy, operation.established())
+        envelope = all(c is None for c in cotangents[: _DIFFERENTIABLE - 1])
         v = Cotangents(
             *(
                 torch.zeros_like(output) if c is None else c.to(output.dtype)
@@ -188,9 +227,10 @@ class _Implicit(torch.autograd.Function):
             )
         )
         if torch.is_grad_enabled() or any(map(_is_transformed, (*blocks, *vars(v).values()))):
-            gradients = _differentiable_vjp(operation, blocks, outputs, v)
+            linearisation = _torch_linearisation(operation, blocks, outputs)
+            gradients = linearisation.vjp(v, outputs.gradient_scale, envelope)
         else:
-            gradients = vjp(operation, blocks, outputs, v)
+            gradients = vjp(operation, blocks, outputs, v, envelope)
         return None, *gradients
 
     @staticmethod
@@ -201,22 +241,75 @@ class _Implicit(torch.autograd.Function):
         check_derivative(operation.policy, operation.established())
         _refuse_nested_forward_mode()
         full = [torch.zeros_like(b) if t is None else t for t, b in zip(tangents, blocks, strict=True)]
-        changes = _torch_linearisation(operation, blocks, outputs).jvp(full)
+        if operation.depends_on_direction():
+            changes = _Directional.apply(operation, *full)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        else:
+            changes = _torch_linearisation(operation, blocks, outputs).jvp(full)
         scaled = [scale_rows(change, outputs.gradient_scale) for change in changes]
         return (*scaled, *(None,) * (len(outputs) - _DIFFERENTIABLE))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], operation: Operation, *blocks: torch.Tensor) -> Any:
-        size = info.batch_size
-        moved = [b if d is None else b.movedim(d, 0) for b, d in zip(blocks, in_dims[1:], strict=True)]
-        mapped = [d is not None for d in in_dims[1:]]
-        inner = max(
-            (b.shape[-2] for b, d in zip(moved, mapped, strict=True) if b.dim() - d == 2), default=None
+        return _mapped(_Implicit, info.batch_size, in_dims, operation, blocks)
+
+
+class _Directional(torch.autograd.Function):
+    """Tangents of blocks, (B, size) or shared (size,) -> tangents of the outputs; not linear, so not differentiable."""
+
+    @staticmethod
+    def forward(operation: Operation, *tangents: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        samples, good = len(operation.established().status), operation.good
+        rows = max((len(t) for t in tangents if t.dim() == 2), default=samples)
+        # Under vmap there may be several tangents a sample, one after the other for the whole batch.
+        index = np.concatenate([good + start for start in range(0, rows, samples)])
+        linearisation = operation.linearisation(good)
+        if len(index) != len(good):
+            at = np.tile(np.arange(len(good)), rows // samples)
+            linearisation = Linearisation(
+                linearisation.evaluation.take(at),
+                linearisation.active.take(at),
+                linearisation.singular[at],
+                operation.policy,
+            )
+        picked = [t.numpy() if t.dim() == 1 else t.numpy()[index] for t in tangents]
+        changes = []
+        for part in linearisation.jvp(picked):
+            whole = part.new_zeros((rows, *part.shape[1:]))
+            whole[index] = part
+            changes.append(whole)
+        return tuple(changes)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        """Nothing is kept: see ``backward``."""
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> Any:
+        raise SensitivityError(
+            "a directional derivative at a weakly active constraint is not linear in its tangent and has no "
+            "derivative; see solution.certificate"
         )
-        flat = [_flatten(b, d, size, inner) for b, d in zip(moved, mapped, strict=True)]
-        outputs = _Implicit.apply(operation, *flat)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        batch = 1 if inner is None else inner
-        return tuple(o.reshape(size, batch, *o.shape[1:]) for o in outputs), (0,) * len(outputs)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], operation: Operation, *tangents: torch.Tensor) -> Any:
+        return _mapped(_Directional, info.batch_size, in_dims, operation, tangents)
+
+
+def _mapped(
+    function: type[torch.autograd.Function],
+    size: int,
+    in_dims: tuple[Any, ...],
+    operation: Operation,
+    blocks: Sequence[torch.Tensor],
+) -> Any:
+    """vmap of an operation on blocks: the mapped dimension becomes part of its own batch."""
+    moved = [b if d is None else b.movedim(d, 0) for b, d in zip(blocks, in_dims[1:], strict=True)]
+    mapped = [d is not None for d in in_dims[1:]]
+    inner = max((b.shape[-2] for b, d in zip(moved, mapped, strict=True) if b.dim() - d == 2), default=None)
+    flat = [_flatten(b, d, size, inner) for b, d in zip(moved, mapped, strict=True)]
+    outputs = function.apply(operation, *flat)
+    batch = 1 if inner is None else inner
+    return tuple(o.reshape(size, batch, *o.shape[1:]) for o in outputs), (0,) * len(outputs)
 
 
 def _refuse_nested_forward_mode() -> None:
@@ -252,17 +345,21 @@ def _flatten(block: torch.Tensor, mapped: bool, size: int, inner: int | None) ->
 
 
 def vjp(
-    operation: Operation, blocks: Sequence[torch.Tensor], outputs: Outputs, v: Cotangents
+    operation: Operation,
+    blocks: Sequence[torch.Tensor],
+    outputs: Outputs,
+    v: Cotangents,
+    envelope: bool = False,
 ) -> list[torch.Tensor]:
     """Gradients by block out of compiled functions; masked samples get zero, failed ones NaN."""
     scale = outputs.gradient_scale.numpy()
     good = np.flatnonzero(scale == 1)
     linearisation = operation.linearisation(good)
     if len(good) == len(scale):
-        return [torch.from_numpy(gradient) for gradient in linearisation.vjp(v)]
+        return [torch.from_numpy(gradient) for gradient in linearisation.vjp(v, envelope)]
     picked = Cotangents(*(getattr(v, name)[good] for name in ("z", "y", "lower", "upper", "objective")))
     results = []
-    for gradient, block in zip(linearisation.vjp(picked), blocks, strict=True):
+    for gradient, block in zip(linearisation.vjp(picked, envelope), blocks, strict=True):
         if block.dim() == 1:
             failed = 0.0 if np.isfinite(scale).all() else np.nan
             results.append(torch.from_numpy(gradient + failed))
@@ -271,12 +368,6 @@ def vjp(
             whole[good] = gradient
             results.append(torch.from_numpy(whole))
     return results
-
-
-def _differentiable_vjp(
-    operation: Operation, blocks: Sequence[torch.Tensor], outputs: Outputs, v: Cotangents
-) -> list[torch.Tensor]:
-    return _torch_linearisation(operation, blocks, outputs).vjp(v, outputs.gradient_scale)
 
 
 def _torch_linearisation(
@@ -293,7 +384,7 @@ def _torch_linearisation(
         outputs.sides,
         outputs.weak,
         outputs.singular,
-        bool(operation.established().singular.any()),
+        operation.any_singular,
         operation.policy,
     )
 
@@ -310,6 +401,7 @@ def _without_failures(
         return torch.where(shaped, values, values.index_select(0, stand_in))
 
     kept = {
-        name: replaced(getattr(outputs, name)) for name in ("z", "y", "lower", "upper", "pieces", "singular")
+        name: replaced(getattr(outputs, name))
+        for name in ("z", "y", "lower", "upper", "pieces", "sides", "weak", "singular")
     }
     return [replaced(b) if b.dim() == 2 else b for b in blocks], outputs._replace(**kept)

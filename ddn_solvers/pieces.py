@@ -263,10 +263,12 @@ def _known_order(node: Any) -> bool:
     of_pairs = operation_name(node) in ("cdist", "pairwise_distance")
     place, keyword = (2, "p") if of_pairs else (1, "ord")
     order = node.args[place] if len(node.args) > place else node.kwargs.get(keyword, 2)
+    if order not in (None, 1, 2, math.inf, -math.inf):
+        return False
+    if operation_name(node) != "linalg_norm" or order is None or node.args[0].meta["val"].dim() == 1:
+        return True
     dims = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
-    several = dims is None or (not isinstance(dims, int) and len(dims) > 1)
-    of_matrix = operation_name(node) == "linalg_norm" and node.args[0].meta["val"].dim() > 1 and several
-    return order in (None, 1, 2, math.inf, -math.inf) and not (of_matrix and order is not None)
+    return isinstance(dims, int) or (dims is not None and len(dims) == 1)
 
 
 def _has_kink(*names: str) -> Callable[[Rule], Rule]:

@@ -39,9 +39,14 @@ class Policy:
         accuracy: What "solved" means: scaled residuals and the predicted Newton step, relative.
         active_tol: Scaled slack and multiplier below which a constraint counts as weakly active;
             ``None`` derives it from ``accuracy`` and the caller's dtype.
-        linear_solver: How the KKT system is solved: ``"auto"`` (now always dense), ``"dense"`` (batched LU),
-            ``"sparse"`` (SuperLU), ``"iterative"`` (MINRES), or a callable ``(matrix, rhs) -> solution`` on
-            (B, N, N) and (B, N) tensors. Higher derivatives and torch.func transforms use dense algebra.
+        linear_solver: How the KKT system is solved: ``"dense"`` (batched LU), ``"sparse"`` (SuperLU on the
+            nonzeros of each sample), ``"iterative"`` (MINRES on products with the matrix, which is never
+            formed but for samples on which MINRES fails: those go to SuperLU), or a callable
+            ``(matrix, rhs) -> solution`` on (B, N, N) and (B, N) tensors. ``"auto"``: sparse from 200 unknowns
+            on if at most 2 % of the matrix are nonzeros; otherwise dense, for large batches by the Cholesky
+            factors of Hessian and Schur complement where the Hessian is positive definite. Which samples are
+            singular does not depend on the choice. Higher derivatives, torch.func transforms and ``smoothing``
+            use dense algebra.
 
     Raises:
         ProblemError: An unknown choice, or a number that is negative or not finite.

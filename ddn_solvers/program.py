@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import fx
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from ddn_solvers.adapter import Feature, ProblemClass, QuadraticForm
 from ddn_solvers.arrays import Array
 from ddn_solvers.captures import Overrides
 from ddn_solvers.evaluators import Evaluators
+from ddn_solvers.inertia import positive_definite
 from ddn_solvers.layout import Block, Layout
 from ddn_solvers.pieces import Kink, Pieces, find_pieces, lift
 from ddn_solvers.problem import Problem
@@ -99,7 +101,8 @@ class Program(Evaluators):
         """The smooth pieces of a compiled problem with kinks; ``None`` where it has none that are known."""
         if self.graph.module is None or not self.compiled or not self._functions.kink_terms:
             return None
-        return find_pieces(self.graph.module, len(self.variables))
+        with temporarily_clear_interpreter_stack():  # a graph may be made inside a torch.func transform
+            return find_pieces(self.graph.module, len(self.variables))
 
     @cached_property
     def smooth(self) -> Evaluators:
@@ -147,7 +150,8 @@ class Program(Evaluators):
         """
         if self.pieces is None:
             return None
-        module, rows = lift(self.pieces, len(self.variables))
+        with temporarily_clear_interpreter_stack():
+            module, rows = lift(self.pieces, len(self.variables))
         groups = len(self.pieces.first)
         problem = replace(self.problem, variables={**self.problem.variables, _LIFTED: (groups,)})
         graph = replace(
@@ -196,8 +200,16 @@ class Program(Evaluators):
             return False
         if self.problem_class is not ProblemClass.QP or not self.compiled:
             return True
-        hessian = self._functions.constant_hessian()
-        return hessian is None or bool(np.linalg.eigvalsh(hessian).min() < 0)
+        constant = self._functions.constant_hessian()
+        if constant is None:
+            return True
+        pattern, nonzeros = constant
+        if self.variables.size <= _DENSE:
+            return bool(np.linalg.eigvalsh(pattern.dense(nonzeros[None])[0]).min() < 0)
+        import scipy.sparse as sp
+
+        lift = _NEGLIGIBLE * np.abs(nonzeros).max(initial=0.0) * sp.eye_array(self.variables.size)
+        return not positive_definite((pattern.matrix(nonzeros) + lift).tocsc())
 
     @cached_property
     def features(self) -> frozenset[Feature]:
@@ -295,6 +307,8 @@ def compile_program(problem: Problem, overrides: Overrides | None = None) -> Pro
 
 
 _LOCK = threading.RLock()
+_DENSE = 500  # variables up to which all eigenvalues of a constant Hessian are computed
+_NEGLIGIBLE = 1e-8  # relative size of an eigenvalue that is no negative curvature, see kkt/curvature.py
 _MAX_PROGRAMS = 8  # states of captured values (train and eval mode, ...) kept for one problem
 
 

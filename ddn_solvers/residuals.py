@@ -24,9 +24,11 @@ import numpy as np
 
 from ddn_solvers.arrays import Array
 from ddn_solvers.evaluators import Evaluators, FirstOrder
+from ddn_solvers.lowering.pattern import Matrices
 from ddn_solvers.program import Program
 
 _TINY = 1e-300
+_NOTHING = 1e-9  # relative size of the forces that meet in a row below which they are not told apart
 _ROUNDING = 1e-13  # relative force that counts as none
 _VANISHING = 1e-2  # of the change of a row's gradient over a hundredth of the point's size
 
@@ -101,20 +103,30 @@ class Evaluation:
         return Evaluation(self.program, self.bound.take(samples), self.point.take(samples), first)
 
     @cached_property
-    def jacobian(self) -> Array:
-        """(B, m, n)"""
-        return self.functions.jacobian_pattern.dense(self.first.jacobian)
+    def J(self) -> Matrices:
+        """The Jacobian of c."""
+        return Matrices(self.functions.jacobian_pattern, self.first.jacobian)
 
     @cached_property
-    def hessian(self) -> Array:
-        """Of the Lagrangian, (B, n, n)."""
+    def H(self) -> Matrices:
+        """The Hessian of the Lagrangian."""
         nonzeros = self.functions.hessian(self.point.z, self.inputs, self.point.y)
-        return self.functions.hessian_pattern.dense(nonzeros)
+        return Matrices(self.functions.hessian_pattern, nonzeros)
+
+    @property
+    def jacobian(self) -> Array:
+        """``J`` densely, (B, m, n)."""
+        return self.J.dense
+
+    @property
+    def hessian(self) -> Array:
+        """``H`` densely, (B, n, n)."""
+        return self.H.dense
 
     @cached_property
     def constraint_forces(self) -> Array:
         """grad f + J^T y, (B, n): what the bound multipliers have to balance."""
-        return self.first.gradient + _transposed(self.jacobian, self.point.y)
+        return self.first.gradient + self.J.transposed_times(self.point.y)
 
     @cached_property
     def stationarity(self) -> Array:
@@ -152,6 +164,13 @@ class Evaluation:
             return np.zeros_like(self.point.pieces)
         return self._in_group(self.functions.kink_weights(self.point.z, self.inputs, self.point.y), np.add)
 
+    @cached_property
+    def kink_directions(self) -> Array:
+        """r / |r| of vectors and 1 of numbers, whose sigma is a sign, (B, k)."""
+        length = np.sqrt(self._in_group(self.kink_residuals**2, np.add))
+        vectors: Array = self.kink_residuals / np.maximum(length, _TINY)
+        return np.where(self.program.numbers, 1.0, vectors)
+
     @property
     def scaled_kink_weights(self) -> Array:
         return self.kink_weights * self._kink_norms / self.force
@@ -164,14 +183,21 @@ class Evaluation:
     @cached_property
     def idle_kinks(self) -> Any:
         """Kinks that nothing depends on here or nearby, such as those of entries that a maximum passes over."""
-        idle = np.abs(self.scaled_kink_weights) <= _ROUNDING
+        unit = self._strength
+        idle = np.abs(self.kink_weights * self._kink_norms) <= _ROUNDING * unit
         if not idle.any():
             return idle
         *parameters, sigma, tau = self.inputs
         there = self.point.z + 1e-3 * self.size * _direction(self.point.z.shape[1])
         weights = self.functions.kink_weights(there, (*parameters, sigma, tau + 1e-3), self.point.y)
         forces = np.abs(self._in_group(weights, np.add) * self._kink_norms)
-        return idle & (forces <= _ROUNDING * self.force)
+        return idle & (forces <= _ROUNDING * np.where(unit > 0, unit, 1.0))
+
+    @property
+    def _strength(self) -> Array:
+        """The largest force of objective and kinks, curvature aside, (B, 1): that of a norm has no limit at zero."""
+        kinks = _largest(self.kink_weights * self._kink_norms)
+        return np.maximum(_largest(self.first.gradient), kinks)[:, None]
 
     @cached_property
     def _kink_slack(self) -> Array:
@@ -204,9 +230,17 @@ class Evaluation:
         return combined[:, self.program.pieces.group]
 
     @property
+    def regular_J(self) -> Matrices:
+        """``J`` with vanishing rows zero: the system of a derivative is then singular, and says so."""
+        if not self.vanishing.any():
+            return self.J
+        pattern = self.J.pattern
+        return Matrices(pattern, np.where(self.vanishing[:, pattern.indices], 0.0, self.J.nonzeros))
+
+    @property
     def regular_jacobian(self) -> Array:
-        """The Jacobian with vanishing rows zero: the system of a derivative is then singular, and says so."""
-        return np.where(self.vanishing[:, :, None], 0.0, self.jacobian)
+        """``regular_J`` densely, (B, m, n)."""
+        return self.regular_J.dense
 
     @cached_property
     def vanishing(self) -> Any:
@@ -221,8 +255,7 @@ class Evaluation:
         z = self.point.z
         size = np.maximum(np.sqrt((z**2).sum(axis=1, keepdims=True)), 1e-2)
         nearby = self.functions.first_order(z + 1e-2 * size * _direction(z.shape[1]), self.inputs).jacobian
-        change = self.functions.jacobian_pattern.dense(nearby) - self.jacobian
-        return norms < _VANISHING * np.sqrt((change**2).sum(axis=2))
+        return norms < _VANISHING * self.J.map(lambda here: nearby - here).row_norms()
 
     # -- unscaled ---------------------------------------------------------------------------------
 
@@ -245,14 +278,15 @@ class Evaluation:
         length = np.sqrt(self._in_group(mu**2, np.add))
         allowed = np.where(self.point.pieces == 0, np.abs(self.kink_weights), 0.0)
         excess = mu * np.maximum(1 - allowed / np.maximum(length, _TINY), 0)
-        return self.stationarity - _transposed(self.jacobian[:, m:], excess)
+        on_rows = np.concatenate([np.zeros((len(mu), m)), excess], axis=1)
+        return self.stationarity - self.J.transposed_times(on_rows)
 
     # -- scaled -----------------------------------------------------------------------------------
 
     @cached_property
     def row_norms(self) -> Array:
         """|J_i|, (B, m)."""
-        return np.sqrt(np.einsum("bij,bij->bi", self.jacobian, self.jacobian))
+        return self.J.row_norms()
 
     @cached_property
     def size(self) -> Array:
@@ -265,7 +299,7 @@ class Evaluation:
 
         Multipliers do not enter it: where the objective exerts none, theirs is rounding.
         """
-        curvature = np.abs(self.hessian).max(axis=(1, 2), initial=0.0) * self.size[:, 0]
+        curvature = self.H.largest() * self.size[:, 0]
         kinks = _largest(self.kink_weights * self._kink_norms)
         forces = np.maximum.reduce([_largest(self.first.gradient), curvature, kinks])
         return np.where(forces > 0, forces, 1.0)[:, None]
@@ -301,9 +335,13 @@ class Evaluation:
     @cached_property
     def scaled_stationarity(self) -> Array:
         """By row: residual over the forces that meet there, (B,)."""
-        meeting = np.abs(self.first.gradient) + _transposed(np.abs(self.jacobian), np.abs(self.point.y))
-        meeting += np.abs(self.hessian).sum(axis=2) * self.size + np.abs(self.point.lower) + self.point.upper
-        floor = np.finfo(float).eps * self.force
+        meeting = np.abs(self.first.gradient) + self.J.map(np.abs).transposed_times(np.abs(self.point.y))
+        curvature = self.H.map(np.abs).row_sums() * self.size
+        if not self.program.numbers.all():  # that of a norm near its zero is no force that could meet another
+            largest = self._strength
+            curvature = np.where(largest > 0, np.minimum(curvature, largest), curvature)
+        meeting += curvature + np.abs(self.point.lower) + self.point.upper
+        floor = _NOTHING * self.force
         return _largest(self.stationarity / np.maximum(meeting, floor))
 
     @cached_property
@@ -324,11 +362,6 @@ def _direction(n: int) -> Array:
     """A fixed unit vector without symmetry, (n,)."""
     direction: Array = np.cos(1.0 + np.arange(n) ** 2)
     return direction / np.linalg.norm(direction)
-
-
-def _transposed(jacobian: Array, y: Array) -> Array:
-    product: Array = np.matmul(y[:, None, :], jacobian)[:, 0]
-    return product
 
 
 def _largest(values: Array) -> Array:

@@ -22,10 +22,11 @@ from ddn_solvers.assembly import assemble
 from ddn_solvers.binding import Binding, as_tensor, bind, check_finite, flat_batch, flat_point, initial_batch
 from ddn_solvers.certificate import Certificate, certify
 from ddn_solvers.errors import ConvergenceWarning, ProblemError, SensitivityError, warn_caller
-from ddn_solvers.implicit import Operation, Outputs, apply, check_derivative, outputs_of
-from ddn_solvers.kkt.derivative import Cotangents, Linearisation
+from ddn_solvers.implicit import Operation, Outputs, apply, check_derivative, outputs_of, to_differentiate
+from ddn_solvers.kkt.conditions import Cotangents
+from ddn_solvers.kkt.derivative import Linearisation
 from ddn_solvers.kkt.multipliers import least_squares_multipliers, with_kink_forces
-from ddn_solvers.kkt.verify import Verified, on_chosen_pieces, verify
+from ddn_solvers.kkt.verify import Verified, verify
 from ddn_solvers.layout import Layout
 from ddn_solvers.policy import Policy, as_policy
 from ddn_solvers.problem import Problem, as_problem
@@ -140,7 +141,7 @@ class Sensitivity:
             SensitivityError: The policy refuses this derivative.
         """
         flat = {name: self._flat_cotangent(name, value) for name, value in cotangents.items()}
-        gradients = self._linearisation().vjp(self._cotangents(flat))
+        gradients = self._linearisation().vjp(self._cotangents(flat), envelope=set(flat) <= {"objective"})
         result = {}
         for name, gradient in zip(self.program.problem.parameters, gradients, strict=False):
             shape, value = self.program.problem.parameters[name], self.parameters[name]
@@ -208,12 +209,16 @@ class Sensitivity:
         return self.binding.give_back(stacked, *shape, *parameter)
 
     def _linearisation(self) -> Linearisation:
-        check_derivative(self.policy, self.found.verified)
+        check_derivative(self.policy, self._differentiated)
         return self._factored
 
     @cached_property
+    def _differentiated(self) -> Verified:
+        return to_differentiate(self.found.verified, self.policy)
+
+    @cached_property
     def _factored(self) -> Linearisation:
-        verified = on_chosen_pieces(self.found.verified, self.policy)
+        verified = self._differentiated
         return Linearisation(verified.evaluation, verified.active, verified.singular, self.policy)
 
     def _shape_of(self, key: str) -> tuple[int, ...]:

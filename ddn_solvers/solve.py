@@ -27,6 +27,7 @@ from ddn_solvers.errors import (
     warn_caller,
 )
 from ddn_solvers.implicit import Operation, Outputs, apply
+from ddn_solvers.kkt.operator import large_and_sparse
 from ddn_solvers.layout import Layout
 from ddn_solvers.policy import Policy, as_policy
 from ddn_solvers.problem import Problem, as_problem
@@ -44,6 +45,7 @@ AUTO: Mapping[ProblemClass, tuple[str, ...]] = {
     ProblemClass.LEAST_SQUARES: ("casadi:ipopt", "scipy:SLSQP"),
     ProblemClass.NLP: ("casadi:ipopt", "scipy:SLSQP"),
 }
+AUTO_SPARSE_QP = ("casadi:ipopt", "cvxpy:CLARABEL")  # DAQP's algebra is dense
 AUTO_NONSMOOTH = ("cvxpy:CLARABEL", "casadi:ipopt", "scipy:SLSQP")
 
 
@@ -194,11 +196,18 @@ def _route(name: str, program: Program) -> Route:
     return Route(name.partition(":")[0], adapter, method)
 
 
+def _auto_names(program: Program) -> tuple[str, ...]:
+    sparse = large_and_sparse(program.hessian_pattern, program.jacobian_pattern)
+    return (
+        AUTO_SPARSE_QP if sparse and program.problem_class is ProblemClass.QP else AUTO[program.problem_class]
+    )
+
+
 def _auto(program: Program) -> list[Route]:
     found: list[Route] = []
     smooth = program.lifted or program
-    attempts = [(name, smooth) for name in AUTO[smooth.problem_class]] if program.lifted else []
-    names = AUTO_NONSMOOTH if Feature.NONSMOOTH in program.features else AUTO[program.problem_class]
+    attempts = [(name, smooth) for name in _auto_names(smooth)] if program.lifted else []
+    names = AUTO_NONSMOOTH if Feature.NONSMOOTH in program.features else _auto_names(program)
     for name, form in [*attempts, *((name, program) for name in names)]:
         try:
             found.append(replace(_route(name, form), lifted=form is not program))

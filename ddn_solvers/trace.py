@@ -125,7 +125,7 @@ def _attempt(
         if module is None:
             undeclared.clear()
             module = _trace_functional(joint, shapes)
-        _square_norms(module)
+        _tidy_norms(module)
         _clean(module)
         _check_sound(module, len(problem.variables))
     except (DDNError, Untraceable) as error:
@@ -170,37 +170,62 @@ def _clean(module: fx.GraphModule) -> None:
     module.recompile()
 
 
-def _square_norms(module: fx.GraphModule) -> None:
-    """|x|^2 as the sum of squares that it is: smooth, also where |x| has its kink."""
+def _tidy_norms(module: fx.GraphModule) -> None:
+    """|x|^2 as the sum of squares that it is, smooth where |x| has its kink; and roots of squares as norms."""
+    aten = torch.ops.aten
     for node in module.graph.nodes:
-        root = node.args[0] if node.args else None
-        if not isinstance(root, fx.Node) or not _is_square(node):
+        inside = node.args[0] if node.args else None
+        if not isinstance(inside, fx.Node) or inside.kwargs:
             continue
-        name, rest = operation_name(root), root.args[1:]
-        if name not in ("abs", "linalg_vector_norm") or (rest and rest[0] not in (2, None)) or root.kwargs:
-            continue
+        name = operation_name(inside)
+        rest: list[Any] = list(inside.args)
         with module.graph.inserting_before(node):
-            inside = root.args[0]
-            square = module.graph.call_function(torch.ops.aten.square.default, (inside,))
-            square.meta = {**inside.meta, "source": node.meta.get("source", "")}  # type: ignore[union-attr]  # a node
-            if name == "linalg_vector_norm":
-                dims = rest[1] if len(rest) > 1 else None
-                keepdim = rest[2] if len(rest) > 2 else False
-                square = module.graph.call_function(torch.ops.aten.sum.dim_IntList, (square, dims, keepdim))
-                square.meta = dict(node.meta)
-        node.replace_all_uses_with(square)
+            if _is_square(node) and (
+                name == "abs" or (name == "linalg_vector_norm" and rest[1:2] in ([], [2]))
+            ):
+                new = _call_like(rest[0], node, aten.square.default, rest[0])
+                if name == "linalg_vector_norm":
+                    new = _call_like(node, node, aten.sum.dim_IntList, new, *(rest[2:] or [None]))
+            elif _is_root(node) and _is_square(inside):
+                new = _call_like(node, node, aten.abs.default, rest[0])
+            elif _is_root(node) and name == "sum" and isinstance(rest[0], fx.Node) and _is_square(rest[0]):
+                new = _call_like(node, node, aten.linalg_vector_norm.default, rest[0].args[0], 2, *rest[1:])
+            elif (
+                _is_root(node)
+                and name in ("dot", "matmul")
+                and rest[0].meta["val"].dim() == 1
+                and _call(rest[0]) == _call(rest[1])
+            ):
+                new = _call_like(node, node, aten.linalg_vector_norm.default, rest[0])
+            else:
+                continue
+        node.replace_all_uses_with(new)
+
+
+def _call_like(value: Any, line: fx.Node, target: Any, *arguments: Any) -> fx.Node:
+    """A new call of ``target`` whose result has shape and dtype of ``value``, on the user's line of ``line``."""
+    node: fx.Node = line.graph.call_function(target, arguments)
+    node.meta = {**value.meta, "source": line.meta.get("source", "")}
+    return node
 
 
 def _is_square(node: fx.Node) -> bool:
     name = operation_name(node)
     if name == "mul":
-        a, b = node.args
-        return isinstance(a, fx.Node) and isinstance(b, fx.Node) and _call(a) == _call(b)
-    return name == "square" or (name == "pow" and node.args[1] in (2, 2.0))
+        return bool(_call(node.args[0]) == _call(node.args[1]))
+    return name == "square" or (name == "pow" and bool(node.args[1] == 2))
 
 
-def _call(node: fx.Node) -> tuple[Any, ...]:
-    return node.target, node.args, node.kwargs
+def _is_root(node: fx.Node) -> bool:
+    name = operation_name(node)
+    return name == "sqrt" or (name == "pow" and bool(node.args[1] == 0.5))
+
+
+def _call(argument: Any) -> tuple[Any, ...]:
+    """What tells one value from another: nodes that are the same call of the same things are equal."""
+    if not isinstance(argument, fx.Node) or argument.op != "call_function":
+        return ("value", argument)
+    return argument.target, argument.args, argument.kwargs
 
 
 def retrace(function: Callable[..., Any], shapes: Sequence[Sequence[int]]) -> fx.GraphModule:

@@ -795,3 +795,54 @@ def test_data_parallel_replicas_use_their_own_weights():
     replica._modules = {**replica._modules, "net": inner}
     assert factor(replica) == pytest.approx(4.0, abs=1e-9)
     assert factor(layer) == pytest.approx(1.0, abs=1e-9)
+
+
+# -- defects that were found and mended -----------------------------------------------------------------
+
+
+class _HoldsItsProblem:
+    def __init__(self):
+        self.problem = ddn.Problem({"u": (2,)}, {"x": (2,)}, self.cost)
+
+    def cost(self, u, x):
+        return (u - x).square().sum()
+
+
+def test_a_problem_that_its_own_functions_can_see_is_traced_once():
+    model, x = _HoldsItsProblem(), torch.zeros(2, dtype=torch.float64)
+    for _ in range(3):
+        ddn.solve(model.problem, {"x": x})
+    assert len(model.problem.__dict__["_programs"]) == 1
+
+
+class _Base:
+    scale = 1.0
+
+
+class _Overrides(_Base):
+    scale = 2.0
+
+    def cost(self, u, x):
+        return self.scale * (u - x).square().sum()
+
+
+def test_an_attribute_that_overrides_that_of_a_base_class_is_traced_once():
+    problem, x = ddn.Problem({"u": (2,)}, {"x": (2,)}, _Overrides().cost), torch.zeros(2, dtype=torch.float64)
+    for _ in range(3):
+        ddn.solve(problem, {"x": x})
+    assert len(problem.__dict__["_programs"]) == 1
+
+
+# torch's own forward-mode support compiles a few decompositions with torch.jit.script when first used
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_a_problem_is_compiled_inside_a_transform():
+    """Constants that the functions capture are no tensors of the transform that happens to be in force."""
+    weights, offsets = torch.tensor([1.0, 2.0], dtype=torch.float64), np.array([0.5, -0.5])
+    problem = ddn.Problem(
+        {"u": (2,)},
+        {"x": (2,)},
+        lambda u, x: (weights * (u - x).abs()).sum() + (u - torch.tensor(offsets)).square().sum(),
+    )
+    x = torch.tensor([0.4, 3.0], dtype=torch.float64)
+    tangent = torch.func.jvp(lambda x: ddn.solve(problem, {"x": x})["u"], (x,), (torch.ones_like(x),))[1]
+    torch.testing.assert_close(tangent, torch.tensor([1.0, 0.0], dtype=torch.float64), rtol=0, atol=1e-12)

@@ -4,10 +4,19 @@ With P = I - A^+ A the projection on that null space, the eigenvalues of P H P a
 Hessian Z^T H Z and a zero for each active direction. A point is a strict minimum if the former are
 positive (SOSC), and no minimum if one is clearly negative. Weakly active rows are kept active: only
 then does a negative eigenvalue rule a minimum out.
+
+Large sparse problems are judged by inertia instead (Gould 1985): with rows of norm one and |H| = 1,
+
+    [ H - e I    A^T  ]
+    [ A       -I / rho ]  has as many negative eigenvalues as A has rows  <=>  H - e I + rho A^T A > 0,
+
+which proves a reduced Hessian above e. Where it does not, Lanczos' method on P H P looks for a negative
+eigenvalue far from zero, and on the reduced Hessian's inverse, a block of K^-1, for one close to it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +24,17 @@ import numpy as np
 import torch
 
 from ddn_solvers.active_set import ActiveSet
-from ddn_solvers.arrays import Array
+from ddn_solvers.arrays import Array, Mask
+from ddn_solvers.inertia import negative_eigenvalues
+from ddn_solvers.kkt.linear import DEPENDENT, least_squares
+from ddn_solvers.kkt.operator import DENSE_LIMIT, Bordered, Sparse, large_and_sparse
+from ddn_solvers.kkt.system import System
 from ddn_solvers.residuals import Evaluation
 
 _CLEARLY = 1e-7  # relative to the largest entry of H: below it, an eigenvalue may be rounding
 _RHO = 1e3  # weight of the active rows, relative to H
-_RANK = 1e-10  # relative singular value below which rows count as dependent
+_DISTANCE = 1e-4  # of a row of norm one from the span of others: beyond it, it surely counts
+_LANCZOS = 60  # steps
 
 
 @dataclass(frozen=True)
@@ -31,7 +45,8 @@ class Curvature:
         rank: Of the active rows, bounds included, (B,).
         rows: How many there are, (B,).
         smallest: Smallest eigenvalue of the reduced Hessian over |H|, (B,); inf where the null space is {0}.
-        null: Orthonormal rows that span the null space of the active ones, the others zero, (B, n, n).
+        null: Orthonormal rows that span the null space of the active ones, the others zero, (B, n, n); not
+            made where the problem is too large for that: (B, 0, n).
         unit: |H|, (B,), one where it vanishes.
     """
 
@@ -54,6 +69,10 @@ class Curvature:
 
 def curvature(evaluation: Evaluation, active: ActiveSet) -> Curvature:
     """Rank and curvature at a batch of points."""
+    if large_and_sparse(evaluation.H.pattern, evaluation.J.pattern):
+        found = _sparse_curvature(evaluation, active)
+        if found is not None:
+            return found
     batch, n = evaluation.point.z.shape
     rows = np.where(active.constraints[:, :, None], _normalised(evaluation), 0.0)
     fixed = np.zeros((batch, n, n))
@@ -61,7 +80,7 @@ def curvature(evaluation: Evaluation, active: ActiveSet) -> Curvature:
     _, singular, right = np.linalg.svd(np.concatenate([rows, fixed], axis=1), full_matrices=True)
     counted = np.zeros((batch, n), dtype=bool)  # right singular vectors that span the rows
     largest = np.maximum(singular.max(axis=1, initial=0.0), 1e-300)[:, None]
-    counted[:, : singular.shape[1]] = singular > _RANK * largest
+    counted[:, : singular.shape[1]] = singular > DEPENDENT * largest
     null = np.where(counted[:, :, None], 0.0, right)
     reduced = null @ evaluation.hessian @ null.transpose(0, 2, 1)
     norm = np.abs(evaluation.hessian).max(axis=(1, 2), initial=0.0)
@@ -79,8 +98,10 @@ def surely_minimal(evaluation: Evaluation, active: ActiveSet) -> bool:
 
     One Cholesky factorization; where it fails nothing is proved (rho is finite), and ``curvature`` decides.
     """
-    if not np.isfinite(evaluation.hessian).all() or not np.isfinite(evaluation.jacobian).all():
+    if not np.isfinite(evaluation.H.nonzeros).all() or not np.isfinite(evaluation.J.nonzeros).all():
         return False
+    if large_and_sparse(evaluation.H.pattern, evaluation.J.pattern):
+        return all(_above(_unit(evaluation, active), i, 0.0, _RHO) for i in range(len(active.sides)))
     rows = np.where(active.constraints[:, :, None], _normalised(evaluation), 0.0)
     norm = np.abs(evaluation.hessian).max(axis=(1, 2), initial=0.0)[:, None, None]
     matrix = evaluation.hessian + _RHO * norm * (rows.transpose(0, 2, 1) @ rows)
@@ -92,7 +113,133 @@ def surely_minimal(evaluation: Evaluation, active: ActiveSet) -> bool:
 
 def _normalised(evaluation: Evaluation) -> Array:
     """Rows of unit norm, so that rank does not depend on the units of a constraint; vanishing ones zero."""
-    norms = evaluation.row_norms[:, :, None]
-    negligible = evaluation.vanishing[:, :, None] | (norms <= 1e-300)
-    scaled: Array = np.where(negligible, 0.0, evaluation.jacobian / np.where(negligible, 1.0, norms))
+    scale, _ = _row_scale(evaluation)
+    scaled: Array = evaluation.jacobian * scale[:, :, None]
     return scaled
+
+
+def _row_scale(evaluation: Evaluation) -> tuple[Array, Mask]:
+    """What makes each row's norm one, zero for vanishing rows, and which do not vanish, (B, m) each."""
+    norms = evaluation.row_norms
+    good: Mask = ~evaluation.vanishing & (norms > 1e-300)
+    return np.where(good, 1.0 / np.where(good, norms, 1.0), 0.0), good
+
+
+# -- large and sparse ----------------------------------------------------------------------------------
+
+
+def _unit(evaluation: Evaluation, active: ActiveSet) -> Bordered:
+    """The bordered matrix with |H| = 1 and rows of norm one."""
+    norm = evaluation.H.largest()[:, None]
+    scale, good = _row_scale(evaluation)
+    kept = np.concatenate([~active.fixed, active.constraints & good], axis=1)
+    hessian = evaluation.H.map(lambda values: values / np.where(norm > 0, norm, 1.0))
+    border = evaluation.J.scaled(scale, np.ones_like(evaluation.point.z))
+    return Bordered.of(Sparse(hessian), Sparse(border), torch.from_numpy(kept))
+
+
+def _above(K: Bordered, sample: int, shift: float, rho: float) -> bool:
+    """Whether H - shift I + rho A^T A surely is positive definite on the free variables."""
+    import scipy.sparse as sp
+
+    matrix, where = K.kept_part(sample)
+    variables = where < K.n
+    diagonal = sp.diags_array(np.where(variables, -shift, -1.0 / rho))
+    return negative_eigenvalues((matrix + diagonal).tocsc()) == int((~variables).sum())
+
+
+def _sparse_curvature(evaluation: Evaluation, active: ActiveSet) -> Curvature | None:
+    """``None`` where some sample is singular and dense algebra, which is sharper there, still possible."""
+    masks = torch.from_numpy(active.constraints), torch.from_numpy(active.fixed)
+    system = System(evaluation.H, evaluation.regular_J, *masks, linear_solver="sparse")
+    if active.n <= DENSE_LIMIT and bool(system.singular.any()):
+        return None
+    K = _unit(evaluation, active)
+    rows = active.constraints.sum(axis=1) + active.fixed.sum(axis=1)
+    rank, smallest = rows.copy(), np.full(len(rows), np.inf)
+    for i in range(len(rows)):
+        fixed = int(active.fixed[i].sum())
+        if system.singular[i]:
+            rank[i] = fixed + _rank(K, i)  # a regular system has independent rows
+        if rank[i] < active.n:
+            smallest[i] = _smallest(K, i, bool(system.singular[i]))
+    norm = evaluation.H.largest()
+    null = np.zeros((len(rows), 0, active.n))
+    return Curvature(rank, rows, smallest, null, np.where(norm > 0, norm, 1.0))
+
+
+def _rank(K: Bordered, sample: int) -> int:
+    """Rank of the kept rows of A, of norm one.
+
+    The pivots of A A^T are squared distances of each row from the span of those before it. Rows that are
+    clearly apart are taken; what the others have outside of their span, by least squares, is small enough
+    for a dense rank.
+    """
+    from scipy.sparse.linalg import splu
+
+    matrix, where = K.kept_part(sample)
+    first = int((where < K.n).sum())
+    A = matrix[first:, :first].tocsr()
+    gram = A @ A.T
+    gram.setdiag(gram.diagonal() + _DISTANCE**2 * 1e-3)
+    factors = splu(
+        gram.tocsc(), permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True}
+    )
+    pivots = np.empty(A.shape[0])
+    pivots[:] = np.abs(factors.U.diagonal())[factors.perm_c]
+    apart, close = A[pivots > _DISTANCE**2], A[pivots <= _DISTANCE**2]
+    if not close.shape[0]:
+        return int(A.shape[0])
+    outside = [row - apart.T @ least_squares(apart.T, row) for row in close.toarray()]
+    values = np.linalg.svd(np.array(outside), compute_uv=False)
+    return int(apart.shape[0] + (values > DEPENDENT).sum())
+
+
+def _smallest(K: Bordered, sample: int, singular: bool) -> float:
+    """A bound below the smallest eigenvalue of the reduced Hessian if that is clearly positive, else an estimate."""
+    import scipy.sparse as sp
+    from scipy.sparse.linalg import splu
+
+    for rho in (_RHO, 1e3 * _RHO):
+        if _above(K, sample, 2 * _CLEARLY, rho):
+            return 2 * _CLEARLY
+    matrix, where = K.kept_part(sample)
+    first = int((where < K.n).sum())
+    H, A = matrix[:first, :first], matrix[first:, :first]
+    count = A.shape[0]
+    corner = -(_DISTANCE**2) * sp.eye_array(count)
+    projection = splu(sp.block_array([[sp.eye_array(first), A.T], [A, corner]]).tocsc()) if count else None
+
+    def project(x: Array) -> Array:
+        return x if projection is None else projection.solve(np.concatenate([x, np.zeros(count)]))[:first]
+
+    start = project(np.cos(1.0 + np.arange(first) ** 2))
+    found = _ritz(lambda x: project(H @ project(x)), start)
+    if singular:
+        return min(found, 0.0)  # positive is what is proved so
+    if found > -_CLEARLY:
+        inverse = splu(matrix)
+        reciprocal = _ritz(lambda x: inverse.solve(np.concatenate([x, np.zeros(count)]))[:first], start)
+        found = 1.0 / reciprocal if reciprocal < 0 else found
+    return found
+
+
+def _ritz(times: Callable[[Array], Array], start: Array) -> float:
+    """The smallest Ritz value of a symmetric operator, never below its smallest eigenvalue (Lanczos 1950)."""
+    size = np.linalg.norm(start)
+    if not size > 0:
+        return np.inf
+    basis, diagonal, beside = [start / size], [], []
+    for _ in range(min(_LANCZOS, len(start))):
+        product = times(basis[-1])
+        diagonal.append(float(product @ basis[-1]))
+        for _ in range(2):  # against all of them, twice: else converged values come again
+            vectors = np.array(basis)
+            product = product - vectors.T @ (vectors @ product)
+        norm = float(np.linalg.norm(product))
+        if norm <= 1e-12 * np.abs(diagonal).max():
+            break
+        beside.append(norm)
+        basis.append(product / norm)
+    inside = beside[: len(diagonal) - 1]
+    return float(np.linalg.eigvalsh(np.diag(diagonal) + np.diag(inside, 1) + np.diag(inside, -1)).min())

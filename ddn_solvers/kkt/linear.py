@@ -1,9 +1,9 @@
-"""Linear solvers for batches of symmetric systems, behind one interface.
+"""Linear solvers for batches of bordered systems, behind one interface.
 
-    init(matrix) -> state,   compute(state, rhs) -> solution,   transpose(state) -> state
+    init(K) -> state,   compute(state, rhs) -> solution,   transpose(state) -> state
 
-Matrices are (B, N, N), right-hand sides (B, N). Each solver works on torch tensors and is
-differentiable, so that the backward pass can itself be differentiated.
+K is a ``Bordered`` operator of (B, N, N), equilibrated; right-hand sides are (B, N), zero on the rows
+that K does not keep. Each solver takes from K what it needs, and only the dense ones form it.
 """
 
 from __future__ import annotations
@@ -11,13 +11,23 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import numpy as np
 import torch
 
+from ddn_solvers.arrays import Array
+from ddn_solvers.kkt.operator import Bordered, Formed
+
 # Beyond this condition number (after equilibration) the solution of a system is rounding error.
 SINGULAR: Final = 1e12
+# Singular value, relative to the largest, below which rows of unit norm are dependent: the KKT matrix, in which
+# it enters squared, is then singular.
+DEPENDENT: Final = SINGULAR**-0.5
+
+_UNBALANCED = 1e-4  # ratio of pivots below which a Cholesky factorization gives way to LU
+_MINRES = 1e-13  # relative residual at which MINRES stops
+_UNSOLVED = 1e-8  # and above which its answer is not taken
 
 
 @dataclass(frozen=True)
@@ -30,11 +40,23 @@ class Step:
 
 
 class LinearSolver(abc.ABC):
-    """A factorization that is made once and used for every right-hand side."""
+    """A factorization that is made once and used for every right-hand side.
+
+    Attributes:
+        sparse: It reads the nonzeros alone, so that dense matrices need not be made.
+        formed: It takes K as one dense matrix.
+        refine: Its solutions are improved by iterative refinement: it is less than backward stable.
+        decides: It shows a singular matrix by a large solution; otherwise LU does in its place.
+    """
+
+    sparse: ClassVar[bool] = False
+    formed: ClassVar[bool] = False
+    refine: ClassVar[bool] = False
+    decides: ClassVar[bool] = True
 
     @abc.abstractmethod
-    def init(self, matrix: torch.Tensor) -> Any:
-        """Factor (B, N, N)."""
+    def init(self, K: Any) -> Any:
+        """Factor a batch: ``Bordered``, or ``Formed`` where it takes that."""
 
     @abc.abstractmethod
     def compute(self, state: Any, rhs: torch.Tensor) -> torch.Tensor:
@@ -48,13 +70,56 @@ class LinearSolver(abc.ABC):
 class DenseLU(LinearSolver):
     """LU with partial pivoting; exact for regular systems."""
 
-    def init(self, matrix: torch.Tensor) -> Any:
-        factors, pivots, _ = torch.linalg.lu_factor_ex(matrix)
+    formed = True
+
+    def init(self, K: Bordered | Formed) -> Any:
+        factors, pivots, _ = torch.linalg.lu_factor_ex(K.dense())
         return factors, pivots
 
     def compute(self, state: Any, rhs: torch.Tensor) -> torch.Tensor:
         factors, pivots = state
         return torch.linalg.lu_solve(factors, pivots, rhs.unsqueeze(-1)).squeeze(-1)
+
+
+class Schur(LinearSolver):
+    """Cholesky factors of H and of its Schur complement S; LU for samples where that is no good.
+
+        H = L L^T,   W = L^-1 A^T,   S = W^T W - D = A H^-1 A^T - D = R R^T
+        t = S^-1 (W^T L^-1 a - b),   x = L^-T (L^-1 a - W t)
+
+    Half the work of LU without its pivoting. It asks for a positive definite H, which a regular system
+    need not have (Gould et al. 2019, Prop. 4.5 written out).
+    """
+
+    refine = True
+
+    def init(self, K: Bordered) -> Any:
+        H, A = K.hessian.dense() + torch.diag_embed(K.diagonal[:, : K.n]), K.border.dense()
+        L, failed = torch.linalg.cholesky_ex(H)
+        W = torch.linalg.solve_triangular(L, A.mT, upper=False)
+        R, failed_too = torch.linalg.cholesky_ex(W.mT @ W + torch.diag_embed(K.diagonal[:, K.n :].abs()))
+        good = (failed == 0) & (failed_too == 0) & _balanced(L) & _balanced(R)
+        others = (~good).nonzero()[:, 0]
+        lu = DenseLU()
+        return L, W, R, others, lu, lu.init(K.take(others)) if len(others) else None
+
+    def compute(self, state: Any, rhs: torch.Tensor) -> torch.Tensor:
+        L, W, R, others, lu, factors = state
+        n, column = L.shape[-1], rhs.unsqueeze(-1)
+        u = torch.linalg.solve_triangular(L, column[:, :n], upper=False)
+        t = torch.cholesky_solve(W.mT @ u - column[:, n:], R)
+        x = torch.linalg.solve_triangular(L.mT, u - W @ t, upper=True)
+        solution = torch.cat([x, t], dim=1).squeeze(-1)
+        if len(others):
+            solution[others] = lu.compute(factors, rhs[others])
+        return solution
+
+
+def _balanced(factor: torch.Tensor) -> torch.Tensor:
+    pivots = factor.diagonal(dim1=-2, dim2=-1)
+    if not pivots.shape[-1]:
+        return torch.ones(len(pivots), dtype=torch.bool)
+    return pivots.amin(-1) > _UNBALANCED * pivots.amax(-1)
 
 
 class DenseInverse(LinearSolver):
@@ -64,7 +129,10 @@ class DenseInverse(LinearSolver):
     to different depths, vmap of the forward derivative of ``solve``. ``inv`` and ``matmul`` are right.
     """
 
-    def init(self, matrix: torch.Tensor) -> Any:
+    formed = True
+
+    def init(self, K: Bordered | Formed) -> Any:
+        matrix = K.dense()
         return matrix, torch.linalg.inv(matrix)
 
     def compute(self, state: Any, rhs: torch.Tensor) -> torch.Tensor:
@@ -75,84 +143,171 @@ class DenseInverse(LinearSolver):
 
 
 class SparseLU(LinearSolver):
-    """SuperLU on the nonzeros of each matrix; arrays only."""
+    """SuperLU on the kept nonzeros of each sample; arrays only."""
 
-    def init(self, matrix: torch.Tensor) -> Any:
-        import scipy.sparse as sp
-        from scipy.sparse.linalg import splu
+    sparse = True
+    refine = True
 
-        def factor(one: Any) -> Any:
-            try:
-                return splu(sp.csc_array(one)).solve
-            except RuntimeError:  # exactly singular: the condition estimate sees it
-                return lambda target: np.full_like(target, np.inf)
-
-        return [factor(one) for one in matrix.numpy()]
+    def init(self, K: Bordered) -> Any:
+        return [_superlu(K, sample) for sample in range(len(K.kept))]
 
     def compute(self, state: Any, rhs: torch.Tensor) -> torch.Tensor:
-        solutions = [solve(one) for solve, one in zip(state, rhs.numpy(), strict=True)]
-        return torch.from_numpy(np.stack(solutions)) if solutions else rhs
+        solution = rhs.numpy().copy()  # rows that are not kept are those of the identity
+        for row, (solve, where) in zip(solution, state, strict=True):
+            row[where] = solve(row[where])
+        return torch.from_numpy(solution)
+
+
+def _superlu(K: Bordered, sample: int) -> tuple[Callable[[Array], Array], Any]:
+    from scipy.sparse.linalg import splu
+
+    matrix, where = K.kept_part(sample)
+    if not len(where):
+        return (lambda target: target), where
+    if not np.isfinite(matrix.data).all():
+        return (lambda target: np.full_like(target, np.nan)), where
+    try:
+        return splu(matrix).solve, where
+    except RuntimeError:  # exactly singular: the condition estimate sees it
+        return (lambda target: np.full_like(target, np.inf)), where
 
 
 class Iterative(LinearSolver):
-    """MINRES (Paige and Saunders 1975) to rounding, refined once; arrays only."""
+    """MINRES on products with K alone; a sample that it cannot solve is left to sparse LU. Arrays only.
 
-    def init(self, matrix: torch.Tensor) -> Any:
-        import scipy.sparse as sp
+    MINRES minimises the residual and cannot tell a singular system from an ill-conditioned one: both
+    are decided by the factorization, so that they are decided as with every other solver.
+    """
 
-        return [sp.csr_array(one) for one in matrix.numpy()]
+    sparse = True
+    refine = True
+
+    def init(self, K: Bordered) -> Any:
+        return K, {}
 
     def compute(self, state: Any, rhs: torch.Tensor) -> torch.Tensor:
-        from scipy.sparse.linalg import minres
+        K, factored = state
+        open_ = [i for i in range(len(rhs)) if i not in factored]
+        solution = rhs.numpy().copy()
+        if open_:
+            solution[open_], residual = minres(K.take(open_), solution[open_])
+            for i in np.asarray(open_)[~(residual <= _UNSOLVED)].tolist():
+                factored[i] = _superlu(K, i)
+        for i, (solve, where) in factored.items():
+            solution[i] = rhs[i].numpy()
+            solution[i, where] = solve(solution[i, where])
+        return torch.from_numpy(solution)
 
-        solutions = []
-        for matrix, target in zip(state, rhs.numpy(), strict=True):
-            solution, residual = np.zeros_like(target), target
-            for _ in range(2):
-                step, _ = minres(matrix, residual, rtol=1e-14, maxiter=20 * len(target))
-                solution = solution + step
-                residual = target - matrix @ solution
-            solutions.append(solution)
-        return torch.from_numpy(np.stack(solutions)) if solutions else rhs
+
+def minres(K: Bordered, rhs: Array) -> tuple[Array, Array]:
+    """Solutions (B, N) and relative residuals (B,) by the method of Paige and Saunders (1975, section 6).
+
+    All samples step together; one that is done takes no more part in what is added.
+    """
+    with np.errstate(all="ignore"):  # a sample that is done, or that breaks down, runs on unheeded
+        return _minres(K, rhs)
+
+
+def _minres(K: Bordered, rhs: Array) -> tuple[Array, Array]:
+    x, w, w_before = (np.zeros_like(rhs) for _ in range(3))
+    norm = np.linalg.norm(rhs, axis=1, keepdims=True)
+    v, v_before, beta = rhs / np.where(norm > 0, norm, 1.0), np.zeros_like(rhs), np.zeros_like(norm)
+    cosine, sine, delta_bar, epsilon, phi = (
+        -np.ones_like(norm),
+        *(np.zeros_like(norm) for _ in range(3)),
+        norm,
+    )
+    for _ in range(min(10 * rhs.shape[1], 20_000) + 10):
+        going = phi > _MINRES * norm
+        if not going.any():
+            break
+        # Lanczos: K v = beta v_before + alpha v + beta_next v_next
+        product = K.times(torch.from_numpy(v)).numpy() - beta * v_before
+        alpha = (v * product).sum(axis=1, keepdims=True)
+        product -= alpha * v
+        beta = np.linalg.norm(product, axis=1, keepdims=True)
+        v_before, v = v, product / np.where(beta > 0, beta, 1.0)
+        # the next rotation of its tridiagonal matrix
+        delta, gamma_bar = cosine * delta_bar + sine * alpha, sine * delta_bar - cosine * alpha
+        epsilon_before, epsilon, delta_bar = epsilon, sine * beta, -cosine * beta
+        gamma = np.maximum(np.hypot(gamma_bar, beta), np.finfo(float).tiny)
+        cosine, sine = gamma_bar / gamma, beta / gamma
+        w_before, w = w, (v_before - epsilon_before * w_before - delta * w) / gamma
+        x += np.where(going, cosine * phi * w, 0.0)
+        phi = np.where(going, sine * phi, phi)
+    residual = np.linalg.norm(rhs - K.times(torch.from_numpy(x)).numpy(), axis=1)
+    return x, residual / np.where(norm[:, 0] > 0, norm[:, 0], 1.0)
+
+
+def least_squares(matrix: Any, target: Array) -> Array:
+    """The x of least norm that minimises |matrix x - target|, for one sparse matrix; NaN if LSMR fails."""
+    from scipy.sparse.linalg import lsmr
+
+    solution = np.zeros(matrix.shape[1])
+    for _ in range(2):  # the second time for what the first left over
+        residual = target - matrix @ solution
+        step, stopped, *_ = lsmr(
+            matrix, residual, atol=1e-14, btol=1e-14, conlim=0, maxiter=20 * sum(matrix.shape)
+        )
+        if stopped == 7:
+            return np.full_like(solution, np.nan)
+        solution = solution + step
+    return solution
 
 
 class Custom(LinearSolver):
-    """A user's ``(matrix, rhs) -> solution``."""
+    """A user's ``(matrix, rhs) -> solution``, asked about regular matrices only."""
+
+    formed = True
+    decides = False
 
     def __init__(self, solve: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
         self._solve = solve
 
-    def init(self, matrix: torch.Tensor) -> Any:
-        return matrix
+    def init(self, K: Bordered | Formed) -> Any:
+        return K.dense()
 
     def compute(self, state: Any, rhs: torch.Tensor) -> torch.Tensor:
         return self._solve(state, rhs)
 
 
-def equilibrate(matrix: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+def equilibrate(K: Bordered | Formed, start: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Symmetric scaling d that brings the rows of diag(d) K diag(d) towards norm one (Ruiz 2001), (B, N).
 
     Together with a ``start`` that takes out the units of objective and constraints, it makes every later
     decision independent of them.
+
+    Returns:
+        d, and the largest of the norms then, (B,).
     """
-    scale, magnitude = start, matrix.detach().abs()
+    scale, magnitude = start, K.absolute()
     for _ in range(2):
-        rows = (magnitude @ scale.unsqueeze(-1)).squeeze(-1) * scale
+        rows = magnitude.times(scale) * scale
         scale = torch.where(rows > 0, scale * rows.rsqrt(), scale)
-    return scale
+    norms = torch.where(K.kept, magnitude.times(scale) * scale, 0.0)
+    return scale, norms.amax(-1) if norms.shape[-1] else norms.sum(-1)
 
 
-def condition(solver: LinearSolver, state: Any, matrix: torch.Tensor) -> torch.Tensor:
-    """Estimate of |K| |K^-1| by two steps of inverse iteration from a fixed start, (B,)."""
-    batch, size = matrix.shape[:2]
-    if size == 0:
-        return matrix.new_ones(batch)
-    # Fixed and without symmetry; no random numbers, which vmap refuses.
-    start = torch.cos(1.0 + torch.arange(size, dtype=matrix.dtype) ** 2)
-    x = solver.compute(state, (start / start.norm()).expand(batch, size))
+def without_symmetry(kept: torch.Tensor) -> torch.Tensor:
+    """Where inverse iteration starts, for masks (B, N): fixed; no random numbers, which vmap refuses."""
+    return torch.cos(1.0 + torch.arange(kept.shape[-1], dtype=torch.float64) ** 2).expand(kept.shape)
+
+
+def condition(
+    solver: LinearSolver, state: Any, kept: torch.Tensor, norm: torch.Tensor, start: torch.Tensor
+) -> torch.Tensor:
+    """Estimate of |K| |K^-1| on the kept rows by two steps of inverse iteration from ``start``, (B,).
+
+    Args:
+        kept: Rows that K keeps, (B, N).
+        norm: |K|, (B,).
+    """
+    something = kept.any(-1)
+    x = torch.where(kept, start, 0.0)
+    x = x / torch.where(something, torch.linalg.vector_norm(x, dim=-1), 1.0).unsqueeze(-1)
     for _ in range(2):
-        norm = x.norm(dim=-1)
-        x = solver.compute(state, x / norm.unsqueeze(-1))
-    inverse = x.norm(dim=-1)
-    largest = matrix.abs().sum(-1).amax(-1)
-    return torch.nan_to_num(largest * inverse, nan=torch.inf, posinf=torch.inf)
+        x = solver.compute(state, x)
+        x = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    inverse = torch.linalg.vector_norm(solver.compute(state, x), dim=-1)
+    estimate = torch.nan_to_num(norm * inverse, nan=torch.inf, posinf=torch.inf)
+    return torch.where(something, estimate, 1.0)

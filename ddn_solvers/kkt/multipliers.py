@@ -13,18 +13,24 @@ problem with signs is solved.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from ddn_solvers.active_set import ActiveSet, kink_sides
 from ddn_solvers.arrays import Array, Index, Mask
-from ddn_solvers.kkt.curvature import curvature
+from ddn_solvers.kkt.curvature import Curvature, curvature
+from ddn_solvers.kkt.linear import DEPENDENT, least_squares
+from ddn_solvers.kkt.operator import large_and_sparse
 from ddn_solvers.program import Program
 from ddn_solvers.residuals import Bound, Evaluation, PrimalDual
 
 _NEARLY_ACTIVE = 1e-5  # scaled slack within which a constraint may be active
-_DEPENDENT = 1e-10  # relative singular value below which rows count as dependent
+_ZERO = 1e-10  # relative difference of curvature, or multiplier, that counts as none
+_CANCELLING = (
+    1e6  # force of a multiplier relative to those of the objective that only dependent rows can hold
+)
 _NEARLY_ON_KINK = 1e-3  # and within which a point may lie on a kink
 
 
@@ -34,6 +40,24 @@ def least_squares_multipliers(program: Program, bound: Bound, z: Array) -> Prima
     near = evaluation.scaled_slack <= _NEARLY_ACTIVE
     near[:, kink_sides(evaluation)] = evaluation.point.pieces == 0
     return _fitted(evaluation, near, np.ones(program.equality.size, dtype=bool))
+
+
+def without_cancellation(evaluation: Evaluation) -> Evaluation:
+    """The points; where multipliers exceed every force by far and cancel each other, with those of least squares.
+
+    Some backends let the multipliers of dependent rows grow without limit. Their rounding would hide whatever is
+    wrong with the point.
+    """
+    program, bound, point = evaluation.program, evaluation.bound, evaluation.point
+    forces = np.abs(point.y) * evaluation.row_norms / evaluation.force
+    huge = np.flatnonzero(forces.max(axis=1, initial=0.0) > _CANCELLING)
+    if not huge.size:
+        return evaluation
+    found = least_squares_multipliers(program, bound.take(huge), point.z[huge])
+    point = PrimalDual(**{name: values.copy() for name, values in vars(point).items()})
+    for k, i in enumerate(huge):
+        point.put(int(i), found, k)
+    return Evaluation.at(program, bound, point)
 
 
 def with_kink_forces(program: Program, bound: Bound, point: PrimalDual) -> PrimalDual:
@@ -60,36 +84,185 @@ def _fitted(evaluation: Evaluation, near: Mask, equality: Mask) -> PrimalDual:
     point, program = evaluation.point, evaluation.program
     equalities, q, n = program.equality.size, program.inequality.size, program.variables.size
     y, bounds = point.y.copy(), (point.lower.copy(), point.upper.copy())
-    identity, kinks = np.eye(n), near.shape[1] - q - 2 * n
+    kinks = near.shape[1] - q - 2 * n
     for i in range(len(point.z)):
         inequality, kink, lower, upper = (
             np.flatnonzero(part) for part in np.split(near[i], [q, q + kinks, q + kinks + n])
         )
         free = np.concatenate([np.flatnonzero(equality), equalities + q + kink])
         signed = equalities + inequality
-        columns = np.concatenate(
-            [evaluation.jacobian[i, free], evaluation.jacobian[i, signed], -identity[lower], identity[upper]]
-        ).T
-        solution = _signed_least_squares(columns, -evaluation.stationarity[i], len(free))
+        columns = _columns(evaluation, i, np.concatenate([free, signed]), lower, upper)
+        unit = 1 / _norms(columns)
+        weights = evaluation.kink_weights[i, kink]  # by which kinks that depend on each other share a force
+        unit[len(free) - len(kink) : len(free)] = np.where(weights > 0, weights, 1.0)
+        solution = unit * _signed_least_squares(
+            _scaled(columns, unit), -evaluation.stationarity[i], len(free)
+        )
         cuts = np.cumsum([len(free), len(inequality), len(lower)])
         y[i, free], y[i, signed], bounds[0][i, lower], bounds[1][i, upper] = np.split(solution, cuts)
     return replace(point, y=y, lower=bounds[0], upper=bounds[1])
 
 
-def _signed_least_squares(columns: Array, target: Array, free: int) -> Array:
+def _columns(evaluation: Evaluation, i: int, rows: Index, lower: Index, upper: Index) -> Any:
+    """Gradients of rows of c and of bounds of one sample, (n, rows): an array, or sparse as the problem is."""
+    n = evaluation.point.z.shape[1]
+    if not large_and_sparse(evaluation.H.pattern, evaluation.J.pattern):
+        identity = np.eye(n)
+        return np.concatenate([evaluation.jacobian[i, rows], -identity[lower], identity[upper]]).T
+    import scipy.sparse as sp
+
+    jacobian = evaluation.J.pattern.matrix(evaluation.J.nonzeros[i]).tocsr()
+    units = sp.eye_array(n, format="csr")
+    return sp.vstack([jacobian[rows], -units[lower], units[upper]]).T.tocsc()
+
+
+def _signed_least_squares(columns: Any, target: Array, free: int) -> Array:
     """min |columns y - target| with y >= 0 from entry ``free`` on."""
+    if not isinstance(columns, np.ndarray):
+        return _sparse_signed_least_squares(columns, target, free)
     if columns.shape[1] == 0 or not np.isfinite(columns).all() or not np.isfinite(target).all():
         return np.zeros(columns.shape[1])
-    norms = np.linalg.norm(columns, axis=0)
-    norms[norms == 0] = 1.0
-    solution = np.linalg.lstsq(columns / norms, target, rcond=None)[0]
+    solution = np.asarray(np.linalg.lstsq(columns, target, rcond=None)[0], dtype=float)
     if (solution[free:] < 0).any():
         from scipy.optimize import lsq_linear  # costs a quarter of a second to import
 
         lowest = np.where(np.arange(len(solution)) < free, -np.inf, 0.0)
-        solution = lsq_linear(columns / norms, target, (lowest, np.inf), method="bvls").x
-    result: Array = solution / norms
+        solution = lsq_linear(columns, target, (lowest, np.inf), method="bvls").x
+    return solution
+
+
+def _sparse_signed_least_squares(columns: Any, target: Array, free: int) -> Array:
+    count = columns.shape[1]
+    if count == 0 or not np.isfinite(columns.data).all() or not np.isfinite(target).all():
+        return np.zeros(count)
+    solution = least_squares(columns.tocsr(), target)
+    if not (solution[free:] >= 0).all():
+        from scipy.optimize import lsq_linear  # costs a quarter of a second to import
+
+        lowest = np.where(np.arange(count) < free, -np.inf, 0.0)
+        solution = lsq_linear(columns.tocsr(), target, (lowest, np.inf), method="trf", lsq_solver="lsmr").x
+    result: Array = solution
     return result
+
+
+def _scaled(columns: Any, unit: Array) -> Any:
+    if isinstance(columns, np.ndarray):
+        return columns * unit
+    import scipy.sparse as sp
+
+    return columns @ sp.diags_array(unit)
+
+
+def _norms(columns: Any) -> Array:
+    """Of each column, one where it vanishes."""
+    if isinstance(columns, np.ndarray):
+        norms: Array = np.linalg.norm(columns, axis=0)
+    else:
+        import scipy.sparse as sp
+
+        norms = sp.linalg.norm(columns, axis=0)
+    return np.where(norms > 0, norms, 1.0)
+
+
+@dataclass(frozen=True)
+class _ActiveRows:
+    """The active rows of one sample, bounds included, with their multipliers.
+
+    Attributes:
+        columns: Their gradients, (n, rows).
+        known: Their multipliers, (rows,).
+        limits: Between which numbers each of those lies, (2, rows): none for equalities, >= 0, |mu| <= w.
+        unit: In which each is measured, (rows,): the weight of a kink, so that kinks share a force by it.
+        free: Directions in which the multipliers are not determined, (rows, d).
+    """
+
+    index: tuple[Index, Index, Index]  # of c, lower bounds, upper bounds
+    columns: Array
+    known: Array
+    limits: Array
+    unit: Array
+    free: Array
+
+    @staticmethod
+    def of(evaluation: Evaluation, active: ActiveSet, i: int) -> _ActiveRows:
+        point, identity = evaluation.point, np.eye(active.n)
+        rows, left, right = (np.flatnonzero(m[i]) for m in (active.constraints, active.lower, active.upper))
+        columns = np.concatenate([evaluation.jacobian[i, rows], -identity[left], identity[right]]).T
+        known = np.concatenate([point.y[i, rows], point.lower[i, left], point.upper[i, right]])
+        m = evaluation.program.constraints
+        weights = np.abs(evaluation.kink_weights[i, rows[rows >= m] - m])
+        free, kink = (rows < active.equalities).sum(), len(weights)
+        least = np.concatenate([np.full(free, -np.inf), np.zeros(len(rows) - free - kink), -weights])
+        most = np.concatenate([np.full(len(rows) - kink, np.inf), weights])
+        bounds = np.zeros(len(left) + len(right))
+        limits = np.stack([np.concatenate([least, bounds]), np.concatenate([most, bounds + np.inf])])
+        unit = np.ones(len(known))
+        unit[len(rows) - kink : len(rows)] = np.where(weights > 0, weights, 1.0)
+        norms = np.linalg.norm(columns, axis=0)
+        norms = np.where(norms > 0, norms, 1.0)
+        _, singular, rotated = np.linalg.svd(columns / norms)
+        rank = int((singular > DEPENDENT * singular.max(initial=0.0)).sum())
+        free_directions = rotated[rank:].T / norms[:, None]
+        return _ActiveRows((rows, left, right), columns, known, limits, unit, free_directions)
+
+    def put(self, point: PrimalDual, i: int, values: Array) -> None:
+        """Write multipliers into sample ``i`` of a point."""
+        rows, left, right = self.index
+        cuts = np.cumsum([len(rows), len(left)])
+        point.y[i, rows], point.lower[i, left], point.upper[i, right] = np.split(values, cuts)
+
+    def bends(self, evaluation: Evaluation, i: int, null: Array) -> Array:
+        """tr(Z^T H_j Z) of each row, (rows,), Z^T being ``null``: bounds are straight."""
+        rows, one = self.index[0], evaluation.take(np.array([i]))
+        weights = np.zeros((len(rows), evaluation.functions.rows))
+        weights[np.arange(len(rows)), rows] = 1.0
+        z = np.repeat(one.point.z, len(rows), axis=0)
+        inputs = [p if p.ndim == 1 else np.repeat(p, len(rows), axis=0) for p in one.inputs]
+        nonzeros = evaluation.functions.hessian(z, inputs, weights, 0.0)
+        hessians = evaluation.functions.hessian_pattern.dense(nonzeros)
+        straight = np.zeros(len(self.known) - len(rows))
+        return np.concatenate([np.einsum("ka,jab,kb->j", null, hessians, null), straight])
+
+    def largest(self, gain: Array) -> Array | None:
+        """Multipliers that maximise ``gain`` (d,) along ``free``; ``None`` if there is no limit."""
+        from scipy.optimize import linprog  # a quarter of a second to import, needed here only
+
+        least, most = self.limits
+        below, above = np.isfinite(least), np.isfinite(most)
+        rows = np.concatenate([-self.free[below], self.free[above]])
+        room = np.concatenate([(self.known - least)[below], (most - self.known)[above]])
+        found = linprog(-gain, rows, np.maximum(room, 0), bounds=(None, None))
+        return self.known + self.free @ found.x if found.status == 0 else None
+
+    def inmost(self) -> Array | None:
+        """Multipliers as far inside of all limits as can be, in their units; ``None`` if there are none inside."""
+        from scipy.optimize import linprog  # a quarter of a second to import, needed here only
+
+        least, most = self.limits
+        below, above = np.isfinite(least), np.isfinite(most)
+        rows = np.concatenate([-self.free[below], self.free[above]])
+        room = np.concatenate([(self.known - least)[below], (most - self.known)[above]])
+        depth = np.concatenate([self.unit[below], self.unit[above]])
+        d = self.free.shape[1]
+        found = linprog(
+            [*[0.0] * d, -1.0], np.column_stack([rows, depth]), room, bounds=[*[(None, None)] * d, (0, 1)]
+        )
+        return self.known + self.free @ found.x[:d] if found.status == 0 else None
+
+
+def dependent_rows(evaluation: Evaluation, active: ActiveSet, bent: Curvature) -> tuple[Mask, Mask, Mask]:
+    """Active rows of c, lower and upper bounds whose gradients depend on those of others, as masks of each."""
+    found = tuple(np.zeros_like(mask) for mask in (active.constraints, active.lower, active.upper))
+    for i in np.flatnonzero(bent.rank < bent.rows):
+        rows = _ActiveRows.of(evaluation, active, int(i))
+        norms = np.linalg.norm(rows.columns, axis=0)
+        share = np.abs(rows.free * norms[:, None]).max(axis=1, initial=0.0)
+        involved = (share > 1e-8 * share.max(initial=0.0)) | (norms <= 1e-300)
+        cuts = np.cumsum([len(index) for index in rows.index[:2]])
+        for mask, index, part in zip(found, rows.index, np.split(involved, cuts), strict=True):
+            mask[i, index] = part
+    rows_of_c, lower, upper = found
+    return rows_of_c, lower, upper
 
 
 def canonical_multipliers(evaluation: Evaluation, active: ActiveSet) -> PrimalDual:
@@ -99,68 +272,76 @@ def canonical_multipliers(evaluation: Evaluation, active: ActiveSet) -> PrimalDu
         evaluation: At KKT points.
         active: The active set there.
     """
-    point, bent = evaluation.point, curvature(evaluation, active)
-    y, lower, upper = point.y.copy(), point.lower.copy(), point.upper.copy()
+    bent = curvature(evaluation, active)
+    if not bent.null.shape[1]:  # unique, or too many to choose from
+        return evaluation.point
+    point = PrimalDual(**{name: values.copy() for name, values in vars(evaluation.point).items()})
     for i in np.flatnonzero(bent.rank < bent.rows):
-        rows, left, right = (np.flatnonzero(m[i]) for m in (active.constraints, active.lower, active.upper))
-        identity = np.eye(active.n)
-        columns = np.concatenate([evaluation.jacobian[i, rows], -identity[left], identity[right]]).T
-        known = np.concatenate([y[i, rows], lower[i, left], upper[i, right]])
-        inequality = (rows >= active.equalities) & (rows < evaluation.program.constraints)
-        signed = np.concatenate([inequality, np.ones(len(left) + len(right), dtype=bool)])
-        bend = np.concatenate(
-            [_bends(evaluation, int(i), rows, bent.null[i]), np.zeros(len(left) + len(right))]
-        )
-        chosen = _of_binding_curvature(columns, known, signed, bend)
-        y[i, rows], lower[i, left], upper[i, right] = np.split(chosen, np.cumsum([len(rows), len(left)]))
-    return replace(point, y=y, lower=lower, upper=upper)
+        rows = _ActiveRows.of(evaluation, active, int(i))
+        rows.put(point, int(i), _of_binding_curvature(rows, rows.bends(evaluation, int(i), bent.null[i])))
+    return point
 
 
-def _bends(evaluation: Evaluation, i: int, rows: Index, null: Array) -> Array:
-    """tr(Z^T H_j Z) of each row j of c, (rows,)."""
-    one = evaluation.take(np.array([i]))
-    weights = np.zeros((len(rows), evaluation.functions.rows))
-    weights[np.arange(len(rows)), rows] = 1.0
-    z = np.repeat(one.point.z, len(rows), axis=0)
-    inputs = [p if p.ndim == 1 else np.repeat(p, len(rows), axis=0) for p in one.inputs]
-    nonzeros = evaluation.functions.hessian(z, inputs, weights, 0.0)
-    hessians = evaluation.functions.hessian_pattern.dense(nonzeros)
-    bends: Array = np.einsum("ka,jab,kb->j", null, hessians, null)
-    return bends
+def steepest_multipliers(
+    evaluation: Evaluation, active: ActiveSet, dc: Array, lower: Array, upper: Array
+) -> PrimalDual | None:
+    """The multipliers of one sample (B = 1) that maximise d_p L = y^T dc + l^T d lower - r^T d upper.
+
+    Returns:
+        The point itself where they are unique; ``None`` where d_p L has no limit: no solution is near in
+        that direction.
+    """
+    bent = curvature(evaluation, active)
+    if bent.rank[0] == bent.rows[0]:
+        return evaluation.point
+    rows = _ActiveRows.of(evaluation, active, 0)
+    c, left, right = rows.index
+    change = np.concatenate([dc[c], lower[left], -upper[right]]) @ rows.free
+    # Curvature decides between those that are equally steep.
+    curved = rows.bends(evaluation, 0, bent.null[0]) @ rows.free
+    size = np.abs(curved).max(initial=0.0)
+    if size > 0:
+        change = change + 1e-7 * max(np.abs(change).max(), 1e-300) * curved / size
+    chosen = rows.largest(change)
+    if chosen is None:
+        return None
+    point = PrimalDual(**{name: values.copy() for name, values in vars(evaluation.point).items()})
+    rows.put(point, 0, chosen)
+    return point
 
 
-def _of_binding_curvature(columns: Array, known: Array, signed: Mask, bend: Array) -> Array:
-    """Of all y with columns y = columns known and y >= 0 where signed: see the module's docstring."""
-    norms = np.linalg.norm(columns, axis=0)
-    unit = np.where(norms > 0, norms, 1.0)
-    _, singular, right = np.linalg.svd(columns / unit)
-    free = right[int((singular > _DEPENDENT * singular.max(initial=0.0)).sum()) :].T / unit[:, None]
-    fixed = columns
-    along = bend @ free
-    if np.abs(along).max(initial=0.0) > _DEPENDENT * np.abs(bend).max(initial=0.0) * np.abs(free).max(
-        initial=1.0
-    ):
-        from scipy.optimize import linprog  # a quarter of a second to import, needed here only
-
-        found = linprog(-along, -free[signed], np.maximum(known[signed], 0), bounds=(None, None))
-        if found.status == 0:  # otherwise the curvature has no limit, and nothing can be chosen by it
-            known = known + free @ found.x
-            fixed = np.concatenate([columns, bend[None] * np.abs(columns).max() / np.abs(bend).max()])
-    return _minimum_norm(fixed, known, signed)
+def _of_binding_curvature(rows: _ActiveRows, bends: Array) -> Array:
+    """The canonical multipliers of one sample; ``bends`` is what each of its rows adds to the trace."""
+    fixed, known, curved = rows.columns, rows.known, bends @ rows.free
+    largest = np.abs(bends).max(initial=0.0)
+    if np.abs(curved).max(initial=0.0) > _ZERO * largest * np.abs(rows.free).max(initial=0.0):
+        binding = rows.largest(curved)
+        if binding is not None:  # otherwise the curvature has no limit, and nothing can be chosen by it
+            fixed = np.concatenate([fixed, bends[None] * np.abs(fixed).max() / largest])
+            known = binding
+    least, most = rows.limits
+    found = rows.unit * _minimum_norm(fixed * rows.unit, known / rows.unit, *(rows.limits / rows.unit))
+    margin = _ZERO * rows.unit
+    if ((found >= least + margin) & (found <= most - margin))[np.isfinite(most)].all():
+        return found
+    inside = rows.inmost()  # kinks that hold: as far from being left as they can be
+    return found if inside is None else inside
 
 
-def _minimum_norm(fixed: Array, known: Array, signed: Mask) -> Array:
-    """y of minimum norm with fixed y = fixed known and y >= 0 where signed; ``known`` where that is not found."""
-    target, zero = fixed @ known, np.zeros(len(known), dtype=bool)
+def _minimum_norm(fixed: Array, known: Array, least: Array, most: Array) -> Array:
+    """y of minimum norm, least <= y <= most, with fixed y = fixed known; ``known`` where that is not found."""
+    target, held = fixed @ known, np.full(len(known), np.nan)  # entries that are held at a limit
+    enough = 1e-9 * max(np.abs(target).max(initial=0.0), 1e-300)
     for _ in known:
-        y = np.linalg.lstsq(np.where(zero, 0.0, fixed), target, rcond=_DEPENDENT)[0]
-        scale = np.abs(y).max(initial=0.0)
-        if not np.allclose(
-            fixed @ y, target, rtol=0, atol=1e-9 * max(np.abs(target).max(initial=0.0), 1e-300)
-        ):
+        loose = np.isnan(held)
+        there = np.where(loose, 0.0, held)
+        step = np.linalg.lstsq(np.where(loose, fixed, 0.0), target - fixed @ there, rcond=DEPENDENT)[0]
+        y = np.where(loose, step, held)
+        if not np.allclose(fixed @ y, target, rtol=0, atol=enough):
             return known
-        negative = signed & (y < -_DEPENDENT * scale)
-        if not negative.any():
-            return np.where(signed, np.maximum(y, 0), y)
-        zero |= negative
+        margin = _ZERO * np.abs(y).max(initial=0.0)
+        outside = loose & ((y < least - margin) | (y > most + margin))
+        if not outside.any():
+            return np.clip(y, least, most)
+        held = np.where(outside, np.clip(y, least, most), held)
     return known

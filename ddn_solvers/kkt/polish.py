@@ -16,6 +16,7 @@ import torch
 
 from ddn_solvers.active_set import ActiveSet, fixed_by_bounds, identify, kink_sides, settled
 from ddn_solvers.arrays import Array, Index, Mask
+from ddn_solvers.kkt.multipliers import without_cancellation
 from ddn_solvers.kkt.system import System
 from ddn_solvers.program import Program
 from ddn_solvers.residuals import Bound, Evaluation, PrimalDual
@@ -37,6 +38,7 @@ class Polished:
         condition: Its condition estimate, (B,).
         system: The factored system of the whole batch at the points given.
         working: Its active set.
+        last: The active set of each sample's last step, to which ``singular`` and ``condition`` belong.
     """
 
     evaluation: Evaluation
@@ -45,13 +47,14 @@ class Polished:
     condition: Array
     system: System | None
     working: ActiveSet
+    last: ActiveSet
 
 
 def kkt_system(evaluation: Evaluation, active: ActiveSet, **options: Any) -> System:
     """The KKT system at a batch of points, for the active set ``active``."""
     return System(
-        torch.from_numpy(evaluation.hessian),
-        torch.from_numpy(evaluation.jacobian),
+        evaluation.H,
+        evaluation.J,
         torch.from_numpy(active.constraints),
         torch.from_numpy(active.fixed),
         **options,
@@ -60,14 +63,14 @@ def kkt_system(evaluation: Evaluation, active: ActiveSet, **options: Any) -> Sys
 
 def polish(program: Program, bound: Bound, start: PrimalDual, linear_solver: Any = "auto") -> Polished:
     """Polish a batch of points; a sample that Newton's method does not improve stays as it is."""
-    best = Evaluation.at(program, bound, start)
+    best = without_cancellation(Evaluation.at(program, bound, start))
     working = identify(best, 0.0)
-    best = settled(best, working)
+    best = _where_finite(best, settled(best, working))
     batch = len(start.z)
     predicted, condition = np.full(batch, np.inf), np.full(batch, np.inf)
     singular = np.zeros(batch, dtype=bool)
     open_ = np.isfinite(best.scaled)
-    whole, first = None, working
+    whole, first, last = None, working, working
     for _ in range(_MAX_STEPS):
         samples = np.flatnonzero(open_)
         if not samples.size:
@@ -75,18 +78,29 @@ def polish(program: Program, bound: Bound, start: PrimalDual, linear_solver: Any
         active = working.take(samples)
         before = best.take(samples)
         here = settled(before, active)
+        defined = np.isfinite(here.scaled)
+        if not defined.all():  # at the zero of a norm that holds nothing
+            open_[samples[~defined]] = False
+            continue
         system = kkt_system(here, active, linear_solver=linear_solver)
         whole = system if whole is None and len(samples) == batch else whole
+        last = replace(last, sides=_put(last.sides, samples, active.sides, np.ones(len(samples), dtype=bool)))
         tried, predicted[samples] = _newton_step(here, active, system)
         singular[samples], condition[samples] = system.singular.numpy(), system.condition.numpy()
         with np.errstate(invalid="ignore"):
             better = tried.scaled < before.scaled
-        corrected = _corrected(active, tried)
+        corrected = _corrected(active, tried, system.singular.numpy())
         changed = (corrected.sides != active.sides).any(axis=1) & np.isfinite(tried.scaled)
         working = replace(working, sides=_put(working.sides, samples, corrected.sides, changed))
         best = _put_evaluation(best, samples, tried, better)
         open_[samples] = changed | (better & (predicted[samples] > _CONVERGED))
-    return Polished(best, predicted, singular, condition, whole, first)
+    return Polished(best, predicted, singular, condition, whole, first, last)
+
+
+def _where_finite(before: Evaluation, after: Evaluation) -> Evaluation:
+    """``after`` for the samples where it has finite residuals."""
+    defined = np.isfinite(after.scaled)
+    return after if defined.all() else _put_evaluation(before, np.arange(len(defined)), after, defined)
 
 
 def _newton_step(here: Evaluation, active: ActiveSet, system: System) -> tuple[Evaluation, Array]:
@@ -115,8 +129,10 @@ def with_bound_multipliers(evaluation: Evaluation, active: ActiveSet) -> PrimalD
     return replace(evaluation.point, lower=lower, upper=upper)
 
 
-def _corrected(active: ActiveSet, tried: Evaluation) -> ActiveSet:
-    leave = tried.scaled_multiplier < -_SIGN
+def _corrected(active: ActiveSet, tried: Evaluation, singular: Mask) -> ActiveSet:
+    # Dependent rows that contradict each other meet half-way: those that are left with slack do not bind.
+    apart = singular[:, None] & (tried.scaled_slack > _SIGN)
+    leave = (tried.scaled_multiplier < -_SIGN) | apart
     join = tried.scaled_slack < -_SIGN
     if tried.program.pieces is not None:
         join[:, kink_sides(tried)] &= ~tried.idle_kinks

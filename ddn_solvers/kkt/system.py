@@ -19,11 +19,12 @@ x_j = v_j, so that samples with different active sets form one batch.
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ddn_solvers.kkt.degenerate import Degenerate
+from ddn_solvers.kkt.degenerate import Degenerate, LargeDegenerate
 from ddn_solvers.kkt.linear import (
     SINGULAR,
     Custom,
@@ -31,35 +32,43 @@ from ddn_solvers.kkt.linear import (
     DenseLU,
     Iterative,
     LinearSolver,
+    Schur,
     SparseLU,
     Step,
     condition,
     equilibrate,
+    without_symmetry,
 )
+from ddn_solvers.kkt.operator import DENSE_LIMIT, Bordered, Dense, Operator, Sparse, large_and_sparse
+from ddn_solvers.lowering.pattern import Matrices
 
 _REFINEMENTS = 4
 _ROUNDING = 4e-15  # backward error |r| / (|b| + |K| |x|) at which a refined solution is taken
+# Entries of a batch of matrices from which it pays to leave out what is not kept, and to factor H and its
+# Schur complement in place of all: 64 samples of 45 unknowns, one of 360 (measured on one core).
+_LARGE_BATCH = 2**17
 
 
 class System:
     """Batch of factored KKT systems.
 
     Args:
-        hessian: H of the Lagrangian, (B, n, n).
-        jacobian: J of all constraints, (B, m, n).
+        hessian: H of the Lagrangian, (B, n, n): a tensor, or matrices of a fixed pattern.
+        jacobian: J of all constraints, (B, m, n), likewise.
         active: Rows of J that are active, (B, m) bool.
         fixed: Variables that an active bound fixes, (B, n) bool.
         singular: Which samples are singular, if that is known already; found otherwise.
         any_singular: With ``singular`` given: whether any is. (A transformed tensor cannot be asked.)
         transformed: The tensors may be under torch.func transforms.
         linear_solver: As in ``Policy``.
+        corner: Diagonal in place of the zero block, (B, m), <= 0; none is zero.
         proximal: Added to the diagonal of H of singular samples instead of taking the pseudo-inverse.
     """
 
     def __init__(
         self,
-        hessian: torch.Tensor,
-        jacobian: torch.Tensor,
+        hessian: torch.Tensor | Matrices | Operator,
+        jacobian: torch.Tensor | Matrices | Operator,
         active: torch.Tensor,
         fixed: torch.Tensor,
         *,
@@ -68,36 +77,76 @@ class System:
         transformed: bool = False,
         linear_solver: Any = "auto",
         proximal: float | None = None,
+        corner: torch.Tensor | None = None,
     ) -> None:
-        self.hessian, self.jacobian, self.active, self.fixed = hessian, jacobian, active, fixed
-        kept = torch.cat([~fixed, active], dim=-1)
-        matrix = _bordered(hessian, jacobian, kept)
+        self._choice, self._corner = linear_solver, corner
+        self._solver = _solver(linear_solver, transformed, hessian, jacobian)
+        self.hessian, self.jacobian = self._operator(hessian), self._operator(jacobian)
+        self.active, self.fixed, self._kept = active, fixed, torch.cat([~fixed, active], dim=-1)
         self._any_fixed = transformed or bool(fixed.any())
-        self._scale = equilibrate(matrix, torch.where(kept, _units(hessian, jacobian), 1.0))
-        scaled = matrix * self._scale.unsqueeze(-1) * self._scale.unsqueeze(-2)
-        self._solver = _solver(linear_solver, transformed)
-        if singular is None or not any_singular:
-            self._state = self._solver.init(scaled)
+        packable = isinstance(self._solver, (DenseLU, Schur)) and len(fixed) > 0
+        self._packing = _Packing.of(~fixed, active) if packable else None
+        K: Any = self._bordered().formed() if self._solver.formed else self._bordered()
+        units = torch.where(self._kept, _units(self.hessian, self.jacobian), 1.0)
+        scale, norm = equilibrate(K, self._pack(units))
+        self._scale = self._unpack(scale, 1.0)
+        K = K.scaled(scale)
         if singular is None:
-            self.condition = condition(self._solver, self._state, scaled)
+            judge = self._solver if self._solver.decides else DenseLU()
+            self._state, start = judge.init(K), self._pack(without_symmetry(self._kept))
+            self.condition = condition(judge, self._state, K.kept, norm, start)
             singular = self.condition > SINGULAR
-            any_singular = bool(singular.any())
+            any_singular, factored = bool(singular.any()), self._solver.decides
+        else:
+            factored = False
         self.singular, self._repair, self._moved = singular, any_singular, False
+        if any_singular or not factored:
+            self._state = self._solver.init(K.without(singular) if any_singular else K)
         if any_singular:
-            self._prepare_singular(scaled, proximal)
+            self._prepare_singular(proximal)
 
-    def _prepare_singular(self, scaled: torch.Tensor, proximal: float | None) -> None:
-        """Regular samples keep their factorization; a singular one gets an identity there, and its own."""
+    def _operator(self, matrix: torch.Tensor | Matrices | Operator) -> Operator:
+        if isinstance(matrix, Operator):
+            return matrix
+        if isinstance(matrix, torch.Tensor):
+            return Dense(matrix)
+        return Sparse(matrix) if self._solver.sparse else Dense(torch.from_numpy(matrix.dense))
+
+    def _bordered(self) -> Bordered:
+        hessian, jacobian, kept = self.hessian, self.jacobian, self._pack(self._kept)
+        if self._packing is not None:
+            hessian = Dense(self._packing.hessian(hessian.dense()))
+            jacobian = Dense(self._packing.border(jacobian.dense()))
+        if self._corner is None:
+            return Bordered.of(hessian, jacobian, kept)
+        diagonal = torch.cat([torch.zeros_like(self.fixed, dtype=self._corner.dtype), self._corner], dim=-1)
+        return Bordered.of(hessian, jacobian, kept, self._pack(diagonal))
+
+    def _prepare_singular(self, proximal: float | None) -> None:
+        """What serves singular samples; dense, whatever the solver of the others, but for very large problems."""
         pick = self.singular.unsqueeze(-1)
-        identity = torch.eye(scaled.shape[-1], dtype=scaled.dtype).expand_as(scaled)
-        self._state = self._solver.init(torch.where(pick.unsqueeze(-1), identity, scaled))
-        hessian, jacobian = (torch.where(pick.unsqueeze(-1), t, 0.0) for t in (self.hessian, self.jacobian))
-        self._degenerate = Degenerate(hessian, jacobian, self.active & pick, self.fixed & pick, proximal)
+        self._degenerate: Degenerate | LargeDegenerate
+        if isinstance(self.hessian, Sparse) and self.hessian.shape[1] > DENSE_LIMIT:
+            kept = torch.cat([torch.ones_like(self.fixed), self.active], dim=-1)
+            K = Bordered.of(self.hessian, self.jacobian, kept & pick)
+            self._degenerate = LargeDegenerate(K, self.fixed, proximal)
+            return
+        nothing = torch.zeros_like(self.fixed)
+        hessian = self.hessian.masked(~nothing & pick, ~nothing).dense()
+        jacobian = self.jacobian.masked(self.active & pick, ~nothing).dense()
+        active = self.active & pick
+        if self._corner is not None:  # rows with a corner entry are a part of the Hessian
+            soft = active & (self._corner != 0)
+            stiffness = torch.where(soft, -1 / torch.where(soft, self._corner, 1.0), 0.0)
+            hessian = hessian + jacobian.mT @ (stiffness.unsqueeze(-1) * jacobian)
+            active = active & ~soft
+        self._degenerate = Degenerate(hessian, jacobian, active, self.fixed & pick, proximal)
 
-    def moved(self, hessian: torch.Tensor, jacobian: torch.Tensor) -> System:
+    def moved(self, hessian: torch.Tensor | Matrices, jacobian: torch.Tensor | Matrices) -> System:
         """The system of a nearby point with the same active set: this factorization, refined (regular only)."""
         nearby = copy.copy(self)
-        nearby.hessian, nearby.jacobian, nearby._moved = hessian, jacobian, True
+        nearby.hessian, nearby.jacobian = self._operator(hessian), self._operator(jacobian)
+        nearby._moved = True
         return nearby
 
     def solve(self, a: torch.Tensor, b: torch.Tensor, v: torch.Tensor) -> Step:
@@ -115,69 +164,144 @@ class System:
         )
 
     def _regular(self, a: torch.Tensor, b: torch.Tensor, v: torch.Tensor) -> Step:
-        n, solve = a.shape[-1], self._refined if self._moved else self._factored
+        n, solve = a.shape[-1], self._refined if self._solver.refine or self._moved else self._factored
         if not self._any_fixed:
             solution = solve(torch.cat([a, torch.where(self.active, b, 0.0)], dim=-1))
             return Step(solution[..., :n], solution[..., n:], torch.zeros_like(a))
         v = torch.where(self.fixed, v, 0.0)
-        moved_a = a - _times(self.hessian, v)
-        moved_b = b - _times(self.jacobian, v)
+        moved_a = a - self.hessian.times(v)
+        moved_b = b - self.jacobian.times(v)
         rhs = torch.cat(
             [torch.where(self.fixed, 0.0, moved_a), torch.where(self.active, moved_b, 0.0)], dim=-1
         )
         solution = solve(rhs)
         x, t = torch.where(self.fixed, v, solution[..., :n]), solution[..., n:]
-        q = _times(self.hessian, x) + _times(self.jacobian.transpose(-1, -2), t) - a
+        q = self.hessian.times(x) + self.jacobian.transposed_times(t) - a
         return Step(x, t, torch.where(self.fixed, q, 0.0))
 
+    def error(self) -> torch.Tensor:
+        """|K x - b| / |b| of the solution for a fixed right-hand side in the range of K, (B,)."""
+        n, size = self.hessian.shape[-1], self._scale.shape[-1]
+        there = torch.cos(1.0 + torch.arange(size, dtype=self._scale.dtype) ** 2).expand_as(self._scale)
+        kept = torch.cat([torch.ones_like(self.fixed), self.active], dim=-1)
+        rhs = self._product(torch.where(kept, there, 0.0))
+        step = self.solve(rhs[..., :n], rhs[..., n:], rhs[..., :n])
+        left = self._product(torch.cat([step.x, step.t], dim=-1)) - rhs
+        return torch.linalg.vector_norm(left, dim=-1) / torch.linalg.vector_norm(rhs, dim=-1).clamp(
+            min=1e-300
+        )
+
     def _factored(self, rhs: torch.Tensor) -> torch.Tensor:
-        return self._scale * self._solver.compute(self._state, self._scale * rhs)
+        packed = self._pack(self._scale * rhs)
+        return self._scale * self._unpack(self._solver.compute(self._state, packed), 0.0)
 
     def _refined(self, rhs: torch.Tensor) -> torch.Tensor:
-        """Iterative refinement against the matrix of the point moved to; factored anew if it is too far."""
+        """Iterative refinement against the matrix at this point; factored anew where that does not converge."""
         solution, scale = self._factored(rhs), self._scale
         for _ in range(_REFINEMENTS):
             residual = rhs - self._product(solution)
             # In equilibrated units, where |K| is about one: else small rows would go unnoticed.
             size = (scale * rhs).abs() + (solution / scale).abs()
-            if bool(((scale * residual).abs() <= _ROUNDING * size.amax(-1, keepdim=True)).all()):
+            exact = ((scale * residual).abs() <= _ROUNDING * size.amax(-1, keepdim=True)).all(-1)
+            if bool((exact | self.singular).all()):
                 return solution
             solution = solution + self._factored(residual)
-        return System(self.hessian, self.jacobian, self.active, self.fixed)._factored(rhs)
+        if not self._moved and not isinstance(self._solver, Schur):
+            return solution  # as good as this solver gets
+        afresh = System(
+            self.hessian,
+            self.jacobian,
+            self.active,
+            self.fixed,
+            singular=self.singular,
+            any_singular=self._repair,
+            linear_solver=self._choice if self._moved else "dense",
+            corner=self._corner,
+        )
+        return afresh._factored(rhs)
 
     def _product(self, solution: torch.Tensor) -> torch.Tensor:
         n = self.hessian.shape[-1]
         x, t = solution[..., :n], solution[..., n:]
-        top = _times(self.hessian, x) + _times(self.jacobian.transpose(-1, -2), t)
-        rows = torch.where(self.active, _times(self.jacobian, x), t)
+        top = self.hessian.times(x) + self.jacobian.transposed_times(t)
+        rows = self.jacobian.times(x)
+        if self._corner is not None:
+            rows = rows + self._corner * t
+        rows = torch.where(self.active, rows, t)
         return torch.cat([torch.where(self.fixed, x, top) if self._any_fixed else top, rows], dim=-1)
 
+    # -- samples without what they do not keep --------------------------------------------------------
 
-def _solver(choice: Any, transformed: bool) -> LinearSolver:
+    def _pack(self, values: torch.Tensor) -> torch.Tensor:
+        return values if self._packing is None else values.gather(-1, self._packing.all)
+
+    def _unpack(self, values: torch.Tensor, absent: float) -> torch.Tensor:
+        if self._packing is None:
+            return values
+        whole = values.new_full(self._kept.shape, absent)
+        return whole.scatter(-1, self._packing.all, values)
+
+
+@dataclass(frozen=True)
+class _Packing:
+    """Free variables and active rows of each sample, followed by others up to the longest sample.
+
+    A batch whose samples have 20 of 50 inequalities active needs no matrix with 50 rows for them.
+    """
+
+    variables: torch.Tensor  # (B, n') indices
+    rows: torch.Tensor  # (B, m') indices
+    all: torch.Tensor  # (B, n' + m') indices into [variables; rows]
+
+    @staticmethod
+    def of(free: torch.Tensor, active: torch.Tensor) -> _Packing | None:
+        batch, n = free.shape
+        if batch * (n + active.shape[1]) ** 2 < _LARGE_BATCH:
+            return None
+        variables, rows = _first(free), _first(active)
+        if variables.shape[1] == n and rows.shape[1] == active.shape[1]:
+            return None
+        return _Packing(variables, rows, torch.cat([variables, rows + n], dim=1))
+
+    def hessian(self, matrix: torch.Tensor) -> torch.Tensor:
+        return _columns(_rows(matrix, self.variables), self.variables)
+
+    def border(self, matrix: torch.Tensor) -> torch.Tensor:
+        return _columns(_rows(matrix, self.rows), self.variables)
+
+
+def _first(mask: torch.Tensor) -> torch.Tensor:
+    """Indices that put what is set first, as many as the fullest sample has."""
+    count = int(mask.sum(-1).amax()) if mask.numel() else 0
+    return torch.argsort(~mask, dim=-1, stable=True)[:, :count]
+
+
+def _rows(matrix: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    return matrix.gather(1, index.unsqueeze(2).expand(-1, -1, matrix.shape[2]))
+
+
+def _columns(matrix: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    return matrix.gather(2, index.unsqueeze(1).expand(-1, matrix.shape[1], -1))
+
+
+def _solver(choice: Any, transformed: bool, hessian: Any, jacobian: Any) -> LinearSolver:
     if callable(choice):
         return Custom(choice)
     if transformed:
         return DenseInverse()
+    if choice == "auto":
+        sparse = isinstance(hessian, Matrices) and large_and_sparse(hessian.pattern, jacobian.pattern)
+        if sparse:
+            return SparseLU()
+        batch = len(hessian) if isinstance(hessian, (torch.Tensor, Matrices)) else 1
+        return Schur() if batch * sum(jacobian.shape[-2:]) ** 2 >= _LARGE_BATCH else DenseLU()
     return {"sparse": SparseLU, "iterative": Iterative}.get(choice, DenseLU)()
 
 
-def _bordered(hessian: torch.Tensor, jacobian: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """The matrix with rows and columns of the identity in place of what is not ``kept``, (B, n + m)."""
-    corner = jacobian.new_zeros((*jacobian.shape[:-1], jacobian.shape[-2]))
-    top = torch.cat([hessian, jacobian.transpose(-1, -2)], dim=-1)
-    whole = torch.cat([top, torch.cat([jacobian, corner], dim=-1)], dim=-2)
-    masked = torch.where(kept.unsqueeze(-1) & kept.unsqueeze(-2), whole, 0.0)
-    return masked + torch.diag_embed((~kept).to(whole.dtype))
-
-
-def _units(hessian: torch.Tensor, jacobian: torch.Tensor) -> torch.Tensor:
+def _units(hessian: Operator, jacobian: Operator) -> torch.Tensor:
     """One unit for all variables such that H has norm one, and one a row such that it has, (B, n + m)."""
-    curvature = hessian.detach().abs().amax((-2, -1)).unsqueeze(-1)
+    curvature = hessian.largest().unsqueeze(-1)
     unit = torch.where(curvature > 0, curvature, 1.0).rsqrt()  # (B, 1)
-    rows = torch.linalg.vector_norm(jacobian.detach(), dim=-1)
+    rows = jacobian.row_norms()
     border = torch.where(rows > 0, rows * unit, 1.0).reciprocal()
     return torch.cat([unit.expand((*unit.shape[:-1], hessian.shape[-1])), border], dim=-1)
-
-
-def _times(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-    return torch.matmul(matrix, vector.unsqueeze(-1)).squeeze(-1)

@@ -17,7 +17,7 @@ from ddn_solvers.active_set import ActiveSet, identify, off_kinks, settled
 from ddn_solvers.arrays import Array, Mask
 from ddn_solvers.kkt.curvature import curvature, surely_minimal
 from ddn_solvers.kkt.multipliers import canonical_multipliers
-from ddn_solvers.kkt.polish import kkt_system, polish
+from ddn_solvers.kkt.polish import Polished, kkt_system, polish
 from ddn_solvers.kkt.system import System
 from ddn_solvers.pieces import Kink
 from ddn_solvers.policy import Policy
@@ -88,19 +88,15 @@ def verify(
         # Where the point could not be polished to rounding, the active set is judged less finely.
         tolerance = np.maximum(policy.activity_tolerance(dtype), 10 * evaluation.scaled)
         tolerance = np.where(np.isfinite(tolerance), tolerance, 0.0)
-        active = identify(evaluation, tolerance)
-        if polished.singular.any():
-            point = canonical_multipliers(evaluation, active)
-            evaluation = Evaluation.at(program, bound, point)
-            active = identify(evaluation, tolerance)
-        evaluation = settled(evaluation, active)
+        evaluation, active, singular, condition = _established(evaluation, tolerance, polished, policy)
         kinks = _kinks(evaluation)
-        singular = polished.singular | (evaluation.vanishing & active.constraints).any(axis=1)
+        singular = singular | (evaluation.vanishing & active.constraints).any(axis=1)
         bent = np.zeros(len(start.z), dtype=bool)
         if minimum and program.may_be_nonconvex and not surely_minimal(evaluation, active):
-            bent = curvature(evaluation, active).negative
+            finite = np.flatnonzero(np.isfinite(evaluation.scaled))
+            bent[finite] = curvature(evaluation.take(finite), active.take(finite)).negative
     reusable = not singular.any() and np.array_equal(polished.working.sides, active.sides)
-    system = polished.system if reusable else None
+    nearby = polished.system if reusable else None
     status, reasons = [], []
     for i in range(len(start.z)):
         numbers = {
@@ -113,7 +109,28 @@ def verify(
         )
         status.append(verdict)
         reasons.append(reason)
-    return Verified(evaluation, active, singular, polished.condition, tuple(status), tuple(reasons), system)
+    return Verified(evaluation, active, singular, condition, tuple(status), tuple(reasons), nearby)
+
+
+def _established(
+    evaluation: Evaluation, tolerance: Array, polished: Polished, policy: Policy
+) -> tuple[Evaluation, ActiveSet, Mask, Array]:
+    """The points with their active set, on its pieces and with its multipliers; singularity and condition there."""
+    active = identify(evaluation, tolerance)
+    there = settled(evaluation, active)
+    singular, condition = polished.singular.copy(), polished.condition.copy()
+    finite = np.isfinite(there.scaled)
+    differs = (active.sides != polished.last.sides).any(axis=1)
+    differs |= (there.point.pieces != evaluation.point.pieces).any(axis=1)
+    other = np.flatnonzero(differs & finite)
+    if other.size:
+        system = kkt_system(there.take(other), active.take(other), linear_solver=policy.linear_solver)
+        singular[other], condition[other] = system.singular.numpy(), system.condition.numpy()
+    if (singular & finite).any() and finite.all():
+        here = Evaluation.at(there.program, there.bound, canonical_multipliers(there, active))
+        active = identify(here, tolerance)
+        there = settled(here, active)
+    return there, active, singular, condition
 
 
 def on_chosen_pieces(verified: Verified, policy: Policy) -> Verified:

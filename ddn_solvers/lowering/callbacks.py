@@ -151,13 +151,13 @@ class CallbackFunctions:
                     f, c = self._evaluate(z, p)[:2]
                     return f + y @ c
 
-                _, c, lower, upper = self._evaluate(z, p)
-                return torch.func.grad(value)(z), c, lower, upper
+                f, c, lower, upper = self._evaluate(z, p)
+                return f, torch.func.grad(value)(z), c, lower, upper
 
             return torch.func.jvp(all_of, tuple(p), tuple(dp))[1]
 
         return self._function(
-            "tangent", [self._m, *self._sizes], [self._n, self._m, self._n, self._n], compute
+            "tangent", [self._m, *self._sizes], [1, self._n, self._m, self._n, self._n], compute
         )
 
     @cached_property

@@ -1,4 +1,12 @@
-"""The fixed sparsity of a matrix whose nonzeros a compiled function returns as one column."""
+"""The fixed sparsity of a matrix whose nonzeros a compiled function returns as one column.
+
+A batch of such matrices is its nonzeros, (B, nnz). With row r_k and column c_k of nonzero k,
+
+    (M x)_i   = sum over r_k = i of M_k x_{c_k},        (M^T y)_j = sum over c_k = j of M_k y_{r_k},
+
+sums over runs of neighbours: columns as they lie in memory, rows after one permutation. Only full
+matrices are faster as what they are, and cost nothing to make.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +15,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from ddn_solvers.arrays import Array, Index
 
 if TYPE_CHECKING:
     import scipy.sparse as sp
@@ -29,6 +39,26 @@ class Pattern:
         """Column of each nonzero, (nnz,)."""
         return np.repeat(np.arange(self.shape[1]), np.diff(self.indptr))
 
+    @property
+    def full(self) -> bool:
+        """Whether every entry is a nonzero."""
+        return self.nnz == self.shape[0] * self.shape[1]
+
+    @cached_property
+    def by_row(self) -> Index:
+        """The order of the nonzeros by row, (nnz,)."""
+        return np.argsort(self.indices, kind="stable")
+
+    @cached_property
+    def row_runs(self) -> Runs:
+        """The nonzeros of each row, once they are in the order ``by_row``."""
+        return Runs.of(np.bincount(self.indices, minlength=self.shape[0]))
+
+    @cached_property
+    def column_runs(self) -> Runs:
+        """The nonzeros of each column."""
+        return Runs.of(np.diff(self.indptr))
+
     def matrix(self, nonzeros: np.ndarray[Any, Any]) -> sp.csc_array:
         """One sparse matrix from its nonzeros, (nnz,)."""
         import scipy.sparse as sp  # 0.2 s, which an import of this package should not cost
@@ -37,6 +67,98 @@ class Pattern:
 
     def dense(self, nonzeros: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """(B, nnz) -> (B, *shape)."""
+        if self.full:  # a column after the other is the transpose, as it lies in memory
+            return nonzeros.reshape(len(nonzeros), self.shape[1], self.shape[0]).transpose(0, 2, 1)
         filled = np.zeros((len(nonzeros), *self.shape))
         filled[:, self.indices, self.columns] = nonzeros
         return filled
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Groups of neighbours in an array, some of them empty; ``sum`` adds each up."""
+
+    starts: Index  # of the groups that are not empty
+    groups: Index  # their numbers
+    count: int
+
+    @staticmethod
+    def of(sizes: np.ndarray[Any, Any]) -> Runs:
+        groups = np.flatnonzero(sizes)
+        return Runs((np.cumsum(sizes) - sizes)[groups], groups, len(sizes))
+
+    def sum(self, values: Array) -> Array:
+        """(B, nnz) -> (B, count)"""
+        if not len(self.starts):
+            return np.zeros((len(values), self.count))
+        sums: Array = np.add.reduceat(values, self.starts, axis=1)
+        if len(self.groups) == self.count:
+            return sums
+        whole = np.zeros((len(values), self.count))
+        whole[:, self.groups] = sums
+        return whole
+
+
+@dataclass(frozen=True, eq=False)
+class Matrices:
+    """A batch of matrices of one pattern."""
+
+    pattern: Pattern
+    nonzeros: Array  # (B, nnz)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of each one."""
+        return self.pattern.shape
+
+    def __len__(self) -> int:
+        return len(self.nonzeros)
+
+    @cached_property
+    def dense(self) -> Array:
+        """(B, *shape); made on first use, never by the methods below where the pattern is sparse."""
+        return self.pattern.dense(self.nonzeros)
+
+    def times(self, x: Array) -> Array:
+        """(B, columns) -> (B, rows)"""
+        if self.pattern.full:
+            product: Array = np.matmul(self.dense, x[:, :, None])[:, :, 0]
+            return product
+        return self.pattern.row_runs.sum((self.nonzeros * x[:, self.pattern.columns])[:, self.pattern.by_row])
+
+    def transposed_times(self, y: Array) -> Array:
+        """(B, rows) -> (B, columns)"""
+        if self.pattern.full:
+            product: Array = np.matmul(y[:, None, :], self.dense)[:, 0]
+            return product
+        return self.pattern.column_runs.sum(self.nonzeros * y[:, self.pattern.indices])
+
+    def row_sums(self) -> Array:
+        """(B, rows)"""
+        if self.pattern.full:
+            sums: Array = self.dense.sum(axis=2)
+            return sums
+        return self.pattern.row_runs.sum(self.nonzeros[:, self.pattern.by_row])
+
+    def map(self, function: Any) -> Matrices:
+        """``function`` of every nonzero."""
+        return Matrices(self.pattern, function(self.nonzeros))
+
+    def scaled(self, rows: Array, columns: Array) -> Matrices:
+        """diag(rows) M diag(columns)"""
+        return Matrices(
+            self.pattern,
+            self.nonzeros * rows[:, self.pattern.indices] * columns[:, self.pattern.columns],
+        )
+
+    def row_norms(self) -> Array:
+        """(B, rows)"""
+        return np.sqrt(self.map(np.square).row_sums())
+
+    def largest(self) -> Array:
+        """max |M_ij|, (B,)"""
+        largest: Array = np.abs(self.nonzeros).max(axis=1, initial=0.0)
+        return largest
+
+    def take(self, samples: Any) -> Matrices:
+        return Matrices(self.pattern, self.nonzeros[samples])

@@ -8,7 +8,7 @@ of a smooth piece sigma and tau as well, in which nothing is differentiated), c 
     hessian      (z, p.., y, sigma)          -> nonzeros of the Hessian of sigma f + y^T c
     bounds       (p..)                       -> lower, upper
     adjoint      (z, p.., y, w, s, sl, su, e)-> d/dp_i [ e f - w^T grad_z (f + y^T c) - s^T c - sl^T lower + su^T upper ]
-    tangent      (z, p.., y, dp..)           -> directional derivatives of grad_z (f + y^T c), c, lower, upper
+    tangent      (z, p.., y, dp..)           -> directional derivatives of f, grad_z (f + y^T c), c, lower, upper
     kink_weights (z, p.., y)                 -> d/dtau (f + y^T c), tau being the last block; for smooth pieces
     kinks        (z, p..)                    -> residuals that vanish where a term is not differentiable
 
@@ -102,15 +102,14 @@ class SymbolicFunctions:
         outputs: Any = self.module.graph.output_node().args[0]
         return bool(lower(self.module, self._inputs, len(self.variables), [outputs[position]]).kinks)
 
-    def constant_hessian(self) -> np.ndarray[Any, Any] | None:
-        """The objective's Hessian if it depends on nothing, else ``None``."""
+    def constant_hessian(self) -> tuple[Pattern, np.ndarray[Any, Any]] | None:
+        """The objective's Hessian, pattern and nonzeros, if it depends on nothing, else ``None``."""
         hessian = ca.hessian(self.f, self.z)[0]
         if ca.depends_on(_nonzeros(hessian), ca.vertcat(self.z, *self.p)):
             return None
-        matrix: np.ndarray[Any, Any] = ca.Function("constant", [self.z, *self.p], [ca.densify(hessian)])(
-            *[0] * (1 + len(self.p))
-        ).full()
-        return matrix
+        constant = ca.Function("constant", [self.z, *self.p], [ca.densify(_nonzeros(hessian))])
+        nonzeros: np.ndarray[Any, Any] = constant(*[0] * (1 + len(self.p))).full().reshape(-1)
+        return _pattern(hessian), nonzeros
 
     @cached_property
     def values(self) -> ca.Function:
@@ -153,7 +152,7 @@ class SymbolicFunctions:
         dp = [ca.MX.sym(f"dp{i}", p.numel()) for i, p in enumerate(parameters)]
         gradient = ca.gradient(self.f + ca.dot(self.y, self.c), self.z)
         outputs = []
-        for expression in (gradient, self.c, self.lower, self.upper):
+        for expression in (self.f, gradient, self.c, self.lower, self.upper):
             directional = ca.MX.zeros(expression.numel())
             for p, direction in zip(parameters, dp, strict=True):
                 directional += ca.jtimes(expression, p, direction)

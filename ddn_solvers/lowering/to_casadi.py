@@ -19,6 +19,7 @@ import casadi as ca
 import torch
 from torch import fx
 from torch._decomp import core_aten_decompositions, get_decompositions
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -104,7 +105,8 @@ def lower(
     ]
     targets = nodes if nodes is not None else _output_nodes(module)
     kinks: list[KinkExpression] = []
-    values = _Run(module, symbols, kinks).values(targets)
+    with temporarily_clear_interpreter_stack():  # else a torch.func transform in force would wrap constants
+        values = _Run(module, symbols, kinks).values(targets)
     return Lowered(tuple(ca.densify(ca.MX(column(value))) for value in values), tuple(kinks))
 
 

@@ -1,0 +1,296 @@
+"""The bordered matrix as an operator: multiplied, scaled and handed over without being formed.
+
+    K = [ H   A^T ]     D diagonal, zero or negative (``conditions.py``, smoothed);
+        [ A    D  ]     rows and columns that are not ``kept`` are those of the identity
+
+H and A are dense tensors, or matrices of a fixed pattern (``lowering.pattern``) whose nonzeros are all
+that is ever touched. A linear solver takes from K what it needs: products, the dense matrix, its blocks,
+or one sparse matrix a sample that holds the kept rows and columns alone.
+"""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import torch
+
+from ddn_solvers.arrays import Index
+from ddn_solvers.lowering.pattern import Matrices, Pattern
+
+if TYPE_CHECKING:
+    import scipy.sparse as sp
+
+
+class Operator(abc.ABC):
+    """A batch of matrices, (B, rows, columns); vectors are tensors (B, rows) or (B, columns)."""
+
+    shape: tuple[int, int]
+
+    @abc.abstractmethod
+    def times(self, x: torch.Tensor) -> torch.Tensor: ...
+
+    @abc.abstractmethod
+    def transposed_times(self, y: torch.Tensor) -> torch.Tensor: ...
+
+    @abc.abstractmethod
+    def absolute(self) -> Operator:
+        """Entry by entry; not differentiated."""
+
+    @abc.abstractmethod
+    def scaled(self, rows: torch.Tensor, columns: torch.Tensor) -> Operator:
+        """diag(rows) M diag(columns)"""
+
+    @abc.abstractmethod
+    def masked(self, rows: torch.Tensor, columns: torch.Tensor) -> Operator:
+        """Zero outside of these rows and columns, whatever stood there."""
+
+    @abc.abstractmethod
+    def take(self, samples: Any) -> Operator: ...
+
+    @abc.abstractmethod
+    def largest(self) -> torch.Tensor:
+        """max |M_ij|, (B,); not differentiated."""
+
+    @abc.abstractmethod
+    def row_norms(self) -> torch.Tensor:
+        """(B, rows); not differentiated."""
+
+    @abc.abstractmethod
+    def dense(self) -> torch.Tensor:
+        """(B, rows, columns)"""
+
+
+@dataclass(frozen=True)
+class Dense(Operator):
+    """Tensors, possibly under torch.func transforms."""
+
+    matrix: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:  # type: ignore[override]  # read only
+        return self.matrix.shape[-2], self.matrix.shape[-1]
+
+    def times(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.matmul(self.matrix, x.unsqueeze(-1)).squeeze(-1)
+
+    def transposed_times(self, y: torch.Tensor) -> torch.Tensor:
+        return torch.matmul(self.matrix.transpose(-1, -2), y.unsqueeze(-1)).squeeze(-1)
+
+    def absolute(self) -> Dense:
+        return Dense(self.matrix.detach().abs())
+
+    def scaled(self, rows: torch.Tensor, columns: torch.Tensor) -> Dense:
+        return Dense(self.matrix * rows.unsqueeze(-1) * columns.unsqueeze(-2))
+
+    def masked(self, rows: torch.Tensor, columns: torch.Tensor) -> Dense:
+        return Dense(torch.where(rows.unsqueeze(-1) & columns.unsqueeze(-2), self.matrix, 0.0))
+
+    def take(self, samples: Any) -> Dense:
+        return Dense(self.matrix[samples])
+
+    def largest(self) -> torch.Tensor:
+        return self.matrix.detach().abs().amax((-2, -1))
+
+    def row_norms(self) -> torch.Tensor:
+        return torch.linalg.vector_norm(self.matrix.detach(), dim=-1)
+
+    def dense(self) -> torch.Tensor:
+        return self.matrix
+
+
+@dataclass(frozen=True)
+class Sparse(Operator):
+    """The nonzeros of a fixed pattern; arrays only."""
+
+    matrices: Matrices
+
+    @property
+    def shape(self) -> tuple[int, int]:  # type: ignore[override]  # read only
+        return self.matrices.pattern.shape
+
+    def times(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(self.matrices.times(x.numpy()))
+
+    def transposed_times(self, y: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(self.matrices.transposed_times(y.numpy()))
+
+    def absolute(self) -> Sparse:
+        return Sparse(self.matrices.map(np.abs))
+
+    def scaled(self, rows: torch.Tensor, columns: torch.Tensor) -> Sparse:
+        return Sparse(self.matrices.scaled(rows.numpy(), columns.numpy()))
+
+    def masked(self, rows: torch.Tensor, columns: torch.Tensor) -> Sparse:
+        pattern = self.matrices.pattern
+        inside = rows.numpy()[:, pattern.indices] & columns.numpy()[:, pattern.columns]
+        return Sparse(self.matrices.map(lambda values: np.where(inside, values, 0.0)))
+
+    def take(self, samples: Any) -> Sparse:
+        return Sparse(self.matrices.take(samples))
+
+    def largest(self) -> torch.Tensor:
+        return torch.from_numpy(self.matrices.largest())
+
+    def row_norms(self) -> torch.Tensor:
+        return torch.from_numpy(self.matrices.row_norms())
+
+    def dense(self) -> torch.Tensor:
+        return torch.from_numpy(self.matrices.dense)
+
+
+@dataclass(frozen=True)
+class Bordered:
+    """A batch of bordered matrices.
+
+    Attributes:
+        hessian, border: H (B, n, n) and A (B, m, n); zero where a row or column is not kept.
+        kept: (B, n + m) bool.
+        diagonal: Added, (B, n + m): one where a row is not kept, zero or the corner's entries where it is.
+    """
+
+    hessian: Operator
+    border: Operator
+    kept: torch.Tensor
+    diagonal: torch.Tensor
+
+    @staticmethod
+    def of(
+        hessian: Operator, border: Operator, kept: torch.Tensor, diagonal: torch.Tensor | float = 0.0
+    ) -> Bordered:
+        """With rows and columns that are not ``kept`` masked."""
+        n = hessian.shape[1]
+        x, t = kept[..., :n], kept[..., n:]
+        diagonal = torch.where(kept, diagonal, torch.ones_like(kept, dtype=torch.float64))
+        return Bordered(hessian.masked(x, x), border.masked(t, x), kept, diagonal)
+
+    @property
+    def n(self) -> int:
+        return self.hessian.shape[1]
+
+    def times(self, v: torch.Tensor) -> torch.Tensor:
+        """(B, n + m) -> (B, n + m)"""
+        x, t = v[..., : self.n], v[..., self.n :]
+        top = self.hessian.times(x) + self.border.transposed_times(t)
+        return torch.cat([top, self.border.times(x)], dim=-1) + self.diagonal * v
+
+    def absolute(self) -> Bordered:
+        diagonal = self.diagonal.abs()
+        return Bordered(self.hessian.absolute(), self.border.absolute(), self.kept, diagonal)
+
+    def scaled(self, d: torch.Tensor) -> Bordered:
+        """diag(d) K diag(d), the identity's rows excepted."""
+        x, t = d[..., : self.n], d[..., self.n :]
+        diagonal = torch.where(self.kept, self.diagonal * d * d, self.diagonal)
+        return Bordered(self.hessian.scaled(x, x), self.border.scaled(t, x), self.kept, diagonal)
+
+    def dense(self) -> torch.Tensor:
+        """(B, n + m, n + m)"""
+        hessian, border = self.hessian.dense(), self.border.dense()
+        corner = border.new_zeros((*border.shape[:-1], border.shape[-2]))
+        top = torch.cat([hessian, border.transpose(-1, -2)], dim=-1)
+        return torch.cat([top, torch.cat([border, corner], dim=-1)], dim=-2) + torch.diag_embed(self.diagonal)
+
+    def without(self, samples: torch.Tensor) -> Bordered:
+        """The identity in place of some samples, (B,) bool."""
+        return Bordered.of(self.hessian, self.border, self.kept & ~samples.unsqueeze(-1), self.diagonal)
+
+    def formed(self) -> Formed:
+        return Formed(self.dense(), self.kept)
+
+    def take(self, samples: Any) -> Bordered:
+        """Some samples, by index."""
+        return Bordered(
+            self.hessian.take(samples), self.border.take(samples), self.kept[samples], self.diagonal[samples]
+        )
+
+    def kept_part(self, sample: int) -> tuple[sp.csc_array, Index]:
+        """The kept rows and columns of one sample, and which they are."""
+        import scipy.sparse as sp
+
+        kept = self.kept[sample].numpy()
+        where = np.flatnonzero(kept)
+        if not isinstance(self.hessian, Sparse) or not isinstance(self.border, Sparse):
+            return sp.csc_array(self.take([sample]).dense()[0].numpy()[np.ix_(where, where)]), where
+        hessian, border = self.hessian.matrices, self.border.matrices
+        frame = _frame(hessian.pattern, border.pattern)
+        matrix = frame.matrix(hessian.nonzeros[sample], border.nonzeros[sample], kept)
+        diagonal = self.diagonal[sample].numpy()[where]
+        return (matrix + sp.diags_array(diagonal)).tocsc() if diagonal.any() else matrix, where
+
+
+@dataclass(frozen=True)
+class Formed:
+    """The same as one dense matrix: for small ones, where every operation costs more than its arithmetic."""
+
+    matrix: torch.Tensor  # (B, N, N)
+    kept: torch.Tensor
+
+    def times(self, v: torch.Tensor) -> torch.Tensor:
+        """(B, N) -> (B, N)"""
+        return torch.matmul(self.matrix, v.unsqueeze(-1)).squeeze(-1)
+
+    def absolute(self) -> Formed:
+        return Formed(self.matrix.detach().abs(), self.kept)
+
+    def scaled(self, d: torch.Tensor) -> Formed:
+        """diag(d) K diag(d); d is one where a row is not kept."""
+        return Formed(self.matrix * d.unsqueeze(-1) * d.unsqueeze(-2), self.kept)
+
+    def without(self, samples: torch.Tensor) -> Formed:
+        """The identity in place of some samples, (B,) bool."""
+        pick = samples.unsqueeze(-1)
+        identity = torch.eye(self.matrix.shape[-1], dtype=self.matrix.dtype)
+        return Formed(torch.where(pick.unsqueeze(-1), identity, self.matrix), self.kept & ~pick)
+
+    def dense(self) -> torch.Tensor:
+        return self.matrix
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """Where the nonzeros of H, A^T and A lie in K; the same for all points and samples."""
+
+    order: Index  # of [H, A, A] by column of K
+    rows: Index
+    columns: Index
+    indptr: Index
+    size: int
+
+    def matrix(self, hessian: Any, border: Any, kept: Any) -> sp.csc_array:
+        import scipy.sparse as sp
+
+        inside = kept[self.rows] & kept[self.columns]
+        values = np.concatenate([hessian, border, border])[self.order][inside]
+        number = np.cumsum(kept) - 1
+        before = np.concatenate([[0], np.cumsum(inside)])[self.indptr]
+        indptr = np.concatenate([before[:-1][kept], before[-1:]])
+        count = len(indptr) - 1
+        return sp.csc_array((values, number[self.rows[inside]], indptr), shape=(count, count))
+
+
+# Measured on one core: SuperLU beats dense LU from here on, on random patterns as on banded ones.
+_LARGE = 200  # unknowns
+_SPARSE = 0.02  # nonzeros over entries of the bordered matrix
+
+# Singular samples are taken apart by dense singular values as long as that takes a second at most.
+DENSE_LIMIT: Final = 1000  # variables
+
+
+def large_and_sparse(hessian: Pattern, jacobian: Pattern) -> bool:
+    """Whether sparse algebra is the better one for a problem with these patterns."""
+    size = sum(jacobian.shape)
+    return size >= _LARGE and hessian.nnz + 2 * jacobian.nnz <= _SPARSE * size**2
+
+
+@lru_cache(maxsize=32)
+def _frame(hessian: Pattern, border: Pattern) -> _Frame:
+    n, size = hessian.shape[0], hessian.shape[0] + border.shape[0]
+    rows = np.concatenate([hessian.indices, border.columns, border.indices + n])
+    columns = np.concatenate([hessian.columns, border.indices + n, border.columns])
+    order = np.lexsort((rows, columns))
+    indptr = np.searchsorted(columns[order], np.arange(size + 1))
+    return _Frame(order, rows[order], columns[order], indptr, size)

@@ -1,0 +1,470 @@
+"""Kinks beside smooth constraints, bounds and other kinks; kinks that move; paths, transforms and starts."""
+
+import warnings
+
+import cvxpy as cp
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import ddn_solvers as ddn
+
+# torch's forward mode compiles decompositions with the deprecated torch.jit.script when first used
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+D = torch.float64
+N = 20
+SOLVERS = ("cvxpy:CLARABEL", "casadi:ipopt", "scipy:SLSQP")
+on_all = pytest.mark.parametrize("solver", SOLVERS)
+
+
+def rand(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=D)
+
+
+def number(value):
+    return torch.tensor(value, dtype=D)
+
+
+def close(found, expected, tolerance=1e-9):
+    """To a tolerance relative to the largest entry, at least 1."""
+    scale = max(1.0, float(expected.detach().abs().max()))
+    torch.testing.assert_close(found.detach(), expected.detach(), rtol=0, atol=tolerance * scale)
+
+
+def leaves(parameters):
+    return {name: value.detach().clone().requires_grad_() for name, value in parameters.items()}
+
+
+def quietly(function):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ddn.DegeneracyWarning)
+        return function()
+
+
+def check(problem, parameters, formula, solver, initial=None, tolerance=1e-9):
+    """Point and gradient in every parameter equal those of a differentiable formula; both are returned."""
+    ours, theirs = leaves(parameters), leaves(parameters)
+    s = ddn.solve(problem, ours, solver=solver, initial=initial)
+    expected = formula(s["u"].detach(), **theirs)
+    close(s["u"], expected, tolerance)
+    v = rand(*expected.shape, seed=99)
+    keywords = {"allow_unused": True, "materialize_grads": True}
+    found = torch.autograd.grad((s["u"] * v).sum(), list(ours.values()), **keywords)
+    wanted = torch.autograd.grad((expected * v).sum(), list(theirs.values()), **keywords)
+    for a, b in zip(found, wanted, strict=True):
+        close(a, b, tolerance)
+    assert s.certificate.ok.all()
+    assert (s.residuals.stationarity < 1e-8).all()
+    return s
+
+
+def half_squares(u, x):
+    return 0.5 * (u - x).square().sum()
+
+
+# -- regression with an L1 norm -------------------------------------------------------------------------------------
+
+SOFT = ddn.Problem({"u": (N,)}, {"x": (N,), "t": ()}, lambda u, x, t: half_squares(u, x) + t * u.abs().sum())
+
+
+def soft_threshold(_, x, t):
+    return x.sign() * (x.abs() - t).relu()
+
+
+@pytest.mark.parametrize("solver", [*SOLVERS, "cvxpy:OSQP", "auto"])
+def test_lasso_with_an_orthogonal_design_is_the_soft_threshold(solver):
+    s = check(SOFT, {"x": rand(N, seed=1), "t": number(0.7)}, soft_threshold, solver)
+    assert 3 < int((s["u"].abs() < 1e-12).sum()) < N - 3
+
+
+LASSO = ddn.Problem(
+    {"u": (N,)},
+    {"A": (30, N), "b": (30,), "t": ()},
+    lambda u, A, b, t: 0.5 * (A @ u - b).square().sum() + t * u.abs().sum(),
+)
+LASSO_AT = {"A": rand(30, N, seed=2), "b": 3 * rand(30, seed=3), "t": number(9.0)}
+
+
+def lasso(u, A, b, t):
+    """On the support S with its signs: A_S^T (A_S u_S - b) + t sign = 0."""
+    on = torch.nonzero(u.abs() > 1e-9)[:, 0]
+    part = A[:, on]
+    return torch.zeros(N, dtype=D).index_put(
+        (on,), torch.linalg.solve(part.T @ part, part.T @ b - t * u[on].sign())
+    )
+
+
+@on_all
+def test_lasso_within_a_plane(solver):
+    """A smooth constraint beside the kinks."""
+    problem = ddn.Problem(
+        {"u": (N,)}, {"x": (N,), "t": (), "d": ()}, lambda u, x, t: half_squares(u, x) + t * u.abs().sum(),
+        {"plane": lambda u, d: u.sum() - d},
+    )  # fmt: skip
+
+    def formula(u, x, t, d):
+        on = (u.abs() > 1e-9).to(D)
+        free = on * (x - t * u.sign())
+        return free - on * (free.sum() - d) / on.sum()
+
+    s = check(problem, {"x": rand(N, seed=4), "t": number(0.8), "d": number(1.0)}, formula, solver)
+    assert 3 < int((s["u"].abs() < 1e-12).sum()) < N - 3
+
+
+@on_all
+def test_second_derivatives_with_kinks(solver):
+    """Double backward against the active-set formula, in the design, the data and the weight."""
+
+    def second(solve):
+        p = leaves(LASSO_AT)
+        u = solve(p)
+        first = torch.autograd.grad(u.pow(3).sum(), list(p.values()), create_graph=True)
+        inner = sum((g * rand(*g.shape, seed=50 + i)).sum() for i, g in enumerate(first))
+        return torch.autograd.grad(inner, list(p.values()))
+
+    u = ddn.solve(LASSO, LASSO_AT)["u"]
+    found = second(lambda p: ddn.solve(LASSO, p, solver=solver)["u"])
+    for a, b in zip(found, second(lambda p: lasso(u, **p)), strict=True):
+        close(a, b, 1e-8)
+
+
+# -- classics -------------------------------------------------------------------------------------------------------
+
+VARIATION = ddn.Problem(
+    {"u": (N,)}, {"x": (N,), "t": ()}, lambda u, x, t: half_squares(u, x) + t * (u[1:] - u[:-1]).abs().sum()
+)
+STEPS = torch.cat([torch.full((7,), 1.0, dtype=D), torch.full((8,), -1.0, dtype=D), torch.full((5,), 0.5, dtype=D)])  # fmt: skip
+NOISY = {"x": STEPS + 0.3 * rand(N, seed=6), "t": number(0.4)}
+
+
+def variation(u, x, t):
+    """Runs of equal values: their mean, moved by t at each jump."""
+    jumps = u[1:] - u[:-1]
+    sign = torch.where(jumps.abs() > 1e-9, jumps.sign(), torch.zeros_like(jumps))
+    zero = torch.zeros(1, dtype=D)
+    force = torch.cat([sign, zero]) - torch.cat([zero, sign])
+    run = torch.cat([zero, (sign != 0).to(D).cumsum(0)])
+    same = (run[:, None] == run[None, :]).to(D)
+    return (same / same.sum(1, keepdim=True)) @ (x + t * force)
+
+
+@pytest.mark.parametrize("solver", [*SOLVERS, "cvxpy:OSQP"])
+def test_total_variation(solver):
+    s = check(VARIATION, NOISY, variation, solver)
+    assert 2 < int(((s["u"][1:] - s["u"][:-1]).abs() > 1e-9).sum()) < N - 5
+
+
+def test_total_variation_equals_differences_of_re_solves_by_cvxpy():
+    u, x = cp.Variable(N), cp.Parameter(N)
+    other = cp.Problem(cp.Minimize(cp.sum_squares(u - x) / 2 + 0.4 * cp.norm1(cp.diff(u))))
+    p = leaves(NOISY)
+    v = rand(N, seed=7)
+    (found,) = torch.autograd.grad(ddn.solve(VARIATION, p)["u"] @ v, p["x"])
+    for j in range(0, N, 3):
+        values = []
+        for sign in (1, -1):
+            x.value = NOISY["x"].numpy() + sign * 1e-3 * np.eye(N)[j]
+            other.solve(solver="CLARABEL", tol_gap_abs=1e-11, tol_gap_rel=1e-11, tol_feas=1e-11)
+            values.append(float(v.numpy() @ u.value))
+        assert abs(found[j] - (values[0] - values[1]) / 2e-3) < 1e-5
+
+
+QUANTILE = ddn.Problem(
+    {"u": (4,)},
+    {"X": (25, 4), "b": (25,), "q": ()},
+    lambda u, X, b, q: torch.maximum(q * (b - X @ u), (q - 1) * (b - X @ u)).sum(),
+)
+
+
+def quantile(u, X, b, q):
+    """As many residuals vanish as there are coefficients."""
+    on = torch.argsort((X.detach() @ u - b.detach()).abs())[:4]
+    return torch.linalg.solve(X[on], b[on]) + 0 * q
+
+
+@on_all
+def test_one_kink_written_as_two(solver):
+    """relu(r) and relu(-r): dependent rows, reported; the solution and its derivative are the same."""
+    problem = ddn.Problem(
+        {"u": (4,)},
+        {"X": (25, 4), "b": (25,), "q": ()},
+        lambda u, X, b, q: (q * torch.relu(b - X @ u) + (1 - q) * torch.relu(X @ u - b)).sum(),
+    )
+    X = torch.cat([torch.ones(25, 1, dtype=D), rand(25, 3, seed=9)], 1)
+    given = {"X": X, "b": X @ rand(4, seed=10) + rand(25, seed=11), "q": number(0.3)}
+    results = []
+    for one in (QUANTILE, problem):
+        p = leaves(given)
+        u = ddn.solve(one, p, solver=solver)["u"]
+        results.append(
+            [u, *quietly(lambda u=u, p=p: torch.autograd.grad(u @ rand(4, seed=12), [p["X"], p["b"]]))]
+        )
+    for a, b in zip(*results, strict=True):
+        close(a, b)
+
+
+@on_all
+def test_kinks_on_bounds(solver):
+    """|u| with u >= 0: row and bound depend on each other where both hold; the derivative is unique."""
+    problem = ddn.Problem(
+        {"u": (N,)}, {"x": (N,), "t": ()}, lambda u, x, t: half_squares(u, x) + t * u.abs().sum(),
+        bounds={"u": (0.0, None)},
+    )  # fmt: skip
+    p = leaves({"x": rand(N, seed=1), "t": number(0.7)})
+    s = ddn.solve(problem, p, solver=solver)
+    expected = (p["x"] - p["t"]).relu()
+    close(s["u"], expected)
+    found = quietly(lambda: torch.autograd.grad(s["u"] @ rand(N, seed=2), list(p.values())))
+    for a, b in zip(found, torch.autograd.grad(expected @ rand(N, seed=2), list(p.values())), strict=True):
+        close(a, b)
+
+
+@on_all
+def test_kinks_that_move_with_a_parameter(solver):
+    """|u - c|: where u sits on c it follows it."""
+    problem = ddn.Problem(
+        {"u": (N,)}, {"x": (N,), "c": (N,), "t": ()}, lambda u, x, c, t: half_squares(u, x) + t * (u - c).abs().sum()
+    )  # fmt: skip
+    given = {"x": rand(N, seed=1), "c": rand(N, seed=2), "t": number(0.7)}
+    s = check(problem, given, lambda _, x, c, t: c + soft_threshold(_, x - c, t), solver)
+    assert 3 < int(((s["u"] - given["c"]).abs() < 1e-12).sum()) < N - 3
+
+
+FUSED = ddn.Problem(
+    {"u": (N,)},
+    {"A": (30, N), "b": (30,), "t": ()},
+    lambda u, A, b, t: (
+        0.5 * (A @ u - b).square().sum() + t * torch.linalg.vector_norm(u.reshape(5, 4), dim=1).sum()
+    ),
+)
+
+
+@on_all
+def test_second_derivatives_of_a_group_lasso(solver):
+    """General design: curved norms beside those at zero, against differences of re-solved gradients."""
+    given = {"A": rand(30, N, seed=2), "b": 3 * rand(30, seed=3), "t": number(30.0)}
+    direction = {name: rand(*value.shape, seed=60 + i) for i, (name, value) in enumerate(given.items())}
+
+    def gradient(p, solver, create_graph=False):
+        u = ddn.solve(FUSED, p, solver=solver)["u"]
+        return torch.autograd.grad((u * rand(N, seed=4)).sum(), list(p.values()), create_graph=create_graph)
+
+    zero = ddn.solve(FUSED, given, solver=solver)["u"].reshape(5, 4).abs().amax(1) < 1e-12
+    assert zero.any()
+    assert not zero.all()
+    p = leaves(given)
+    first = gradient(p, solver, create_graph=True)
+    second = torch.autograd.grad(
+        sum((g * t).sum() for g, t in zip(first, direction.values(), strict=True)), list(p.values())
+    )
+    step = 1e-5
+    above, below = (
+        gradient(leaves({k: given[k] + sign * step * direction[k] for k in given}), "casadi:ipopt")
+        for sign in (1, -1)
+    )
+    for found, a, b in zip(second, above, below, strict=True):
+        close(found, (a - b) / (2 * step), 1e-7)
+
+
+# -- every operation with a kink: proximal operators in closed form ------------------------------------------------------
+
+
+def simplex(x, size):
+    ordered, _ = x.sort(descending=True)
+    threshold = (ordered.cumsum(0) - size) / torch.arange(1, len(x) + 1, dtype=D)
+    return (x - threshold[int((ordered > threshold).sum()) - 1]).relu()
+
+
+CENTRE = 0.3 * rand(N, seed=13)
+OPERATIONS = {
+    # name: (term, proximal operator of t * term)
+    "leaky-relu": (
+        lambda u: F.leaky_relu(u, 0.1).sum(),
+        lambda _, x, t: torch.where(x < 0.1 * t, x - 0.1 * t, (x - t).relu()),
+    ),
+    "l1-loss": (
+        lambda u: F.l1_loss(u, CENTRE, reduction="sum"), lambda _, x, t: CENTRE + soft_threshold(_, x - CENTRE, t),
+    ),
+    "hinge": (lambda u: torch.relu(1 - u).sum(), lambda _, x, t: x + torch.minimum((1 - x).relu(), t)),
+    "insensitive-loss": (
+        lambda u: torch.relu(u.abs() - 0.3).sum(),
+        lambda _, x, t: x - x.sign() * torch.minimum((x.abs() - 0.3).relu(), t),
+    ),
+    "max-of-a-norm-and-a-number": (
+        lambda u: torch.maximum(u.abs(), 0.5 * u.abs() + 0.2).sum(),  # slope 1/2 below |u| = 0.4, 1 above
+        lambda _, x, t: x.sign() * torch.where(
+            x.abs() < 0.4 + 0.5 * t, (x.abs() - 0.5 * t).relu(), torch.maximum(x.abs() - t, torch.full_like(x, 0.4))
+        ),
+    ),
+    "largest-hinge": (lambda u: torch.relu(u.amax() - 0.2), None),
+}  # fmt: skip
+
+
+def largest_hinge(_, x, t):
+    """Either the mean pull of amax, or everything above 0.2 held there, or nothing."""
+    pulled = x - simplex(x, t)
+    return pulled if pulled.detach().max() > 0.2 else torch.minimum(x, torch.full_like(x, 0.2)) + 0 * t
+
+
+@on_all
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operations(name, solver):
+    """argmin 1/2 |u - x|^2 + t * term(u): the proximal operator, with some entries on the kink."""
+    term, proximal = OPERATIONS[name]
+    problem = ddn.Problem({"u": (N,)}, {"x": (N,), "t": ()}, lambda u, x, t: half_squares(u, x) + t * term(u))
+    given = {"x": rand(N, seed=14), "t": number(0.7)}
+    check(problem, given, proximal or largest_hinge, solver)
+
+
+@pytest.mark.parametrize("solver", ["casadi:ipopt", "scipy:SLSQP"])
+def test_a_nonconvex_operation_at_its_convex_kink(solver):
+    """clamp(u, -1, 1) bends upwards at -1: entries of x between -1 and -1 + t end there."""
+    problem = ddn.Problem(
+        {"u": (N,)},
+        {"x": (N,), "t": ()},
+        lambda u, x, t: half_squares(u, x) + t * u.clamp(-1, 1).sum(),
+    )
+    x = torch.linspace(-1.6, -0.2, N, dtype=D)
+
+    def formula(_, x, t):
+        return torch.where(x < -1, x, torch.maximum(x - t, torch.full_like(x, -1.0)))
+
+    check(problem, {"x": x, "t": number(0.5)}, formula, solver, initial=x)
+
+
+@on_all
+def test_a_largest_entry_as_a_constraint(solver):
+    """amax(u) <= c and a budget of positive parts."""
+    problem = ddn.Problem(
+        {"u": (N,)}, {"x": (N,), "c": ()}, half_squares,
+        inequality={"top": lambda u, c: u.amax() - c},
+    )  # fmt: skip
+    check(problem, {"x": rand(N, seed=18), "c": number(0.4)}, lambda _, x, c: torch.minimum(x, c), solver)
+    budget = ddn.Problem(
+        {"u": (N,)},
+        {"x": (N,), "c": ()},
+        half_squares,
+        inequality={"budget": lambda u, c: torch.relu(u).sum() - c},
+    )
+    given = {"x": rand(N, seed=18), "c": number(2.0)}
+    s = check(budget, given, lambda _, x, c: torch.where(x > 0, simplex(x.relu(), c), x), solver)
+    assert (s["u"].abs() < 1e-12).any()
+
+
+WEAK = ddn.Problem({"u": (3,)}, {"x": (3,), "t": ()}, lambda u, x, t: half_squares(u, x) + t * u.abs().sum())
+
+
+WEAK_NORM = pytest.mark.xfail(
+    strict=True,
+    reason="exactly at its threshold a norm is reached as u = 1e-17, off the kink: IPOPT's point is called "
+    "singular instead of weakly active, SLSQP's is refused",
+)
+
+
+@pytest.mark.parametrize(
+    "solver", ["cvxpy:CLARABEL", *(pytest.param(s, marks=WEAK_NORM) for s in ("casadi:ipopt", "scipy:SLSQP"))]
+)
+def test_a_weakly_active_norm(solver):
+    """|x| = t: the norm holds u at zero with no force to spare. Kept, Dy = 0; off it, u leaves along x."""
+    problem = ddn.Problem(
+        {"u": (3,)},
+        {"x": (3,), "t": ()},
+        lambda u, x, t: half_squares(u, x) + t * torch.linalg.vector_norm(u),
+    )
+    x = torch.tensor([0.3, 0.0, 0.4], dtype=D, requires_grad=True)
+    s = ddn.solve(problem, {"x": x, "t": number(0.5)}, solver=solver)
+    close(s["u"], torch.zeros(3, dtype=D), 1e-8)
+    assert s.certificate.one_sided
+    assert not s.certificate.ok
+    (gradient,) = quietly(lambda: torch.autograd.grad(s["u"].sum(), x))
+    close(gradient, torch.zeros(3, dtype=D))
+
+
+def test_the_certificate_names_the_kinks():
+    c = ddn.solve(WEAK, {"x": torch.tensor([0.5, 2.0, -0.1], dtype=D), "t": number(0.5)}).certificate
+    assert "abs" in str(c)
+    line = next(line for line in str(c).splitlines() if "weakly active" in line)
+    assert "abs" in line
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+@on_all
+def test_the_unit_of_the_objective_decides_nothing(scale, solver):
+    problem = ddn.Problem(
+        {"u": (N,)},
+        {"x": (N,), "t": (), "s": ()},
+        lambda u, x, t, s: s * (half_squares(u, x) + t * u.abs().sum()),
+    )
+    given = {"x": rand(N, seed=1), "t": number(0.7), "s": number(scale)}
+    p = leaves(given)
+    s = ddn.solve(problem, p, solver=solver)
+    expected = soft_threshold(None, given["x"], given["t"])
+    close(s["u"], expected)
+    (gradient,) = torch.autograd.grad(s["u"].sum(), p["x"])
+    close(gradient, (expected != 0).to(D))
+    assert s.certificate.ok
+
+
+# -- batches, dtypes, transforms -----------------------------------------------------------------------------------------
+
+
+@on_all
+def test_a_batch_of_different_kink_patterns(solver):
+    given = {"A": LASSO_AT["A"], "b": 3 * rand(6, 30, seed=20), "t": torch.tensor([1e-3, 3, 6, 9, 20, 500], dtype=D)}  # fmt: skip
+    p = leaves(given)
+    s = ddn.solve(LASSO, p, solver=solver)
+    zeros = (s["u"].abs() < 1e-12).sum(-1)
+    assert len(set(zeros.tolist())) >= 5
+    assert zeros[0] == 0
+    assert zeros[-1] == N
+    assert s.certificate.ok.all()
+    v = rand(N, seed=21)
+    found = torch.autograd.grad((s["u"] @ v).sum(), list(p.values()))
+    q = leaves(given)
+    total = sum(lasso(s["u"][i].detach(), q["A"], q["b"][i], q["t"][i]) @ v for i in range(5))
+    expected = torch.autograd.grad(total, list(q.values()))
+    for a, b in zip(found, expected, strict=True):
+        close(a, b)
+    for i in range(6):
+        alone = ddn.solve(LASSO, {"A": given["A"], "b": given["b"][i], "t": given["t"][i]}, solver=solver)
+        close(alone["u"], s["u"][i], 1e-12)
+
+
+def test_transforms_over_kinks():
+    layer = ddn.DeclarativeLayer(SOFT, "casadi:ipopt")
+    x, t = rand(4, N, seed=22), number(0.7)
+    expected = torch.diag_embed((x.abs() > t).to(D))
+    close(torch.func.vmap(torch.func.jacrev(layer), in_dims=(0, None))(x, t), expected)
+    close(layer(x, t), soft_threshold(None, x, t))
+
+
+def test_forward_mode_over_kinks():
+    p = {"x": rand(N, seed=1), "t": number(0.7)}
+    u = ddn.solve(SOFT, p)["u"]
+    tangents = {"x": rand(N, seed=2), "t": number(0.3)}
+    _, expected = torch.func.jvp(
+        lambda x, t: soft_threshold(None, x, t), tuple(p.values()), tuple(tangents.values())
+    )
+    close(ddn.sensitivity(SOFT, p, u).jvp(tangents)["u"], expected)
+    layer = ddn.DeclarativeLayer(SOFT, "cvxpy:CLARABEL")
+    close(torch.func.jvp(layer, tuple(p.values()), tuple(tangents.values()))[1], expected)
+
+
+def test_float32_with_kinks():
+    x, t = rand(N, seed=1).float().requires_grad_(), torch.tensor(0.7)
+    s = ddn.solve(SOFT, {"x": x, "t": t})
+    assert s["u"].dtype == torch.float32
+    (gradient,) = torch.autograd.grad(s["u"].sum(), x)
+    torch.testing.assert_close(gradient, (x.abs() > t).float())
+    assert s.certificate.ok
+
+
+@pytest.mark.parametrize("solver", ["casadi:ipopt", "scipy:SLSQP"])
+def test_smooth_solvers_agree_with_cvxpy_from_any_start(solver):
+    for seed in range(3):
+        given = {"A": rand(30, N, seed=30 + seed), "b": 3 * rand(30, seed=40 + seed), "t": number(8.0)}
+        reference = ddn.solve(LASSO, given, solver="cvxpy:CLARABEL")
+        found = ddn.solve(LASSO, given, solver=solver, initial=rand(N, seed=50 + seed))
+        close(found["u"], reference["u"])
+        close(found.objective, reference.objective)
