@@ -749,6 +749,7 @@ def known_points(
     possible = [c for c in curvatures if c not in CONVEX or declaration.convex]
     curvature = draw(st.sampled_from(possible or ["indefinite"]))
     width = declaration.inequalities + declaration.n
+    weak = weak and curvature not in ("saddle", "flat")  # which directions count would depend on them
     code = st.sampled_from([INACTIVE, STRONG, WEAK] if weak else [INACTIVE, STRONG])
     sides = draw(st.lists(st.lists(code, min_size=width, max_size=width), min_size=1, max_size=samples))
     seed = draw(st.integers(0, 2**32 - 1))

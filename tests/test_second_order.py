@@ -329,10 +329,6 @@ def test_the_optimal_values_gradient_is_that_of_the_lagrangian():
     close(second, (either[0] - either[1]) / (2 * step), 1e-7)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="kkt.derivative.adjoint solves (and sensitivity factors) for a cotangent of the objective alone, too",
-)
 def test_the_optimal_values_gradient_needs_no_solve(monkeypatch):
     p = leaves(AT)
     s = ddn.solve(GENERAL, p, solver="casadi:ipopt")
@@ -427,21 +423,7 @@ def test_a_batch_of_every_kind_of_active_set_equals_differences():
         close(found[:, j], (values[0] - values[1]) / (2 * step), 1e-8)
 
 
-@pytest.mark.parametrize(
-    "create_graph",
-    [
-        False,
-        pytest.param(
-            True,
-            marks=pytest.mark.xfail(
-                strict=True,
-                raises=torch.linalg.LinAlgError,
-                reason="implicit._without_failures replaces point and multipliers of a failed sample but not its "
-                "sides and weak, so that the stand-in's system has the failed sample's active set",
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("create_graph", [False, True])
 def test_degenerate_samples_leave_the_others_alone(create_graph):
     """A weakly active, a singular and a failing sample beside regular ones."""
     regular = mixed_batch()
