@@ -50,6 +50,8 @@ _SECOND_ORDER = (
     "a compiled layer has no second derivative (create_graph=True, double backward): leave torch.compile out, eager has "
     "derivatives of any order"
 )
+_MASKS = ("sides", "weak", "singular", "converged")  # outputs of type bool
+_NONE = -1
 _MAX_RULES = 16  # programs and policies a layer remembers for backward passes that are still to come
 
 
@@ -98,17 +100,21 @@ class Front:
 
     Attributes:
         number: () int64.
-        sizes: Rows of c, kinks, and sides of the active set: the widths of ``Outputs``.
+        widths: Second dimension of each of ``Outputs``, -1 where it has one only. An argument of the operator, so that
+            compilers that cache graphs by their text tell layers, and versions of this library, apart.
         anchors: Names under which the layer holds what the program's functions capture.
     """
 
     def __init__(self, layer: Layer, program: Program) -> None:
         self.layer, self.program = weakref.ref(layer), program
         n, m = program.variables.size, program.smooth.rows
-        self.sizes = (m, m - program.constraints, m - program.equality.size + 2 * n)
+        sides = m - program.equality.size + 2 * n
+        widths = dict.fromkeys(("z", "lower", "upper"), n) | {"y": m, "pieces": m - program.constraints}
+        widths |= {"sides": sides, "weak": sides, "singular": 2, "residuals": 3}
+        self.widths = tuple(widths.get(name, _NONE) for name in Outputs._fields)
         self.anchors = tuple({a.anchor: None for a in program.graph.captures if a.anchor is not None})
         self.signature = (
-            self.sizes,
+            self.widths,
             tuple((block.name, block.shape) for block in program.parameters),
             tuple((a.name, a.anchor, a.steps) for a in program.graph.captures),
         )
@@ -147,7 +153,7 @@ def forward(layer: Layer, parameters: Mapping[str, Any]) -> tuple[torch.Tensor, 
     captured = [accessor.read(own) for accessor in program.graph.captures]
     binding = bind(program, parameters, captured, {}, ())
     shape = [*binding.batch, program.variables.size]
-    z = _solve(front.number, list(binding.blocks), shape, binding.dtype, list(front.sizes))[0]
+    z = _solve(front.number, list(binding.blocks), shape, binding.dtype, list(front.widths))[0]
     values = program.variables.split(binding.give_back(z, program.variables.size))
     return tuple(values.values())
 
@@ -192,7 +198,7 @@ def _solve(
     blocks: Sequence[torch.Tensor],
     shape: Sequence[int],
     dtype: torch.dtype,
-    sizes: Sequence[int],
+    widths: Sequence[int],
 ) -> list[torch.Tensor]:
     """``Outputs`` for the blocks, and the number of the rule of their derivative."""
     started = time.perf_counter()
@@ -219,6 +225,10 @@ def _solve(
     with _autograd_on():
         outputs = search.find(tuple(block.numpy() for block in blocks))
         conclude(search, binding, outputs, started)
+    weak = (
+        search.operation.established().active.weak
+    )  # whole: of those that cannot be dropped a policy may speak
+    outputs = outputs._replace(weak=torch.from_numpy(weak.copy()))
     return [*outputs, front.rule(program, policy).number.clone()]
 
 
@@ -228,27 +238,16 @@ def _(
     blocks: Sequence[torch.Tensor],
     shape: Sequence[int],
     dtype: torch.dtype,
-    sizes: Sequence[int],
+    widths: Sequence[int],
 ) -> list[torch.Tensor]:
-    *batch, n = shape
-    m, kinks, sides = sizes
-    B = math.prod(batch)
-    widths = {
-        "z": [n],
-        "y": [m],
-        "lower": [n],
-        "upper": [n],
-        "pieces": [kinks],
-        "sides": [sides],
-        "weak": [sides],
-    }
-    widths |= {"singular": [2], "residuals": [3]}
-    masks = ("sides", "weak", "singular", "converged")
+    B = math.prod(shape[:-1])
     outputs = (
         torch.empty(
-            (B, *widths.get(name, ())), dtype=torch.bool if name in masks else torch.float64, device="cpu"
+            (B,) if width == _NONE else (B, width),
+            dtype=torch.bool if name in _MASKS else torch.float64,
+            device="cpu",
         )
-        for name in Outputs._fields
+        for name, width in zip(Outputs._fields, widths, strict=True)
     )
     return [*outputs, torch.empty((), dtype=torch.int64, device="cpu")]
 

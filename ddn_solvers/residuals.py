@@ -29,6 +29,7 @@ from ddn_solvers.program import Program
 
 _TINY = 1e-300
 _NOTHING = 1e-9  # relative size of the forces that meet in a row below which they are not told apart
+_FLAT = 1e-14  # curvature relative to the largest that is rounding
 _ROUNDING = 1e-13  # relative force that counts as none
 _VANISHING = 1e-2  # of the change of a row's gradient over a hundredth of the point's size
 
@@ -109,9 +110,17 @@ class Evaluation:
 
     @cached_property
     def H(self) -> Matrices:
-        """The Hessian of the Lagrangian."""
+        """The Hessian of the Lagrangian; zero in variables in which it is rounding beside the others.
+
+        What counts is curvature times size squared, which does not depend on the unit of a variable. Without this
+        a flat coordinate whose second derivative came out as 1e-17 would be scaled up and taken for a curved one.
+        """
         nonzeros = self.functions.hessian(self.point.z, self.inputs, self.point.y)
-        return Matrices(self.functions.hessian_pattern, nonzeros)
+        matrices = Matrices(self.functions.hessian_pattern, nonzeros)
+        size = np.maximum(1.0, np.abs(self.point.z))
+        rows = matrices.map(np.abs).scaled(size, size).row_sums()
+        curved = rows > _FLAT * _largest(rows)[:, None]
+        return matrices if curved.all() else matrices.scaled(curved.astype(float), curved.astype(float))
 
     @property
     def jacobian(self) -> Array:

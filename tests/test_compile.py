@@ -172,7 +172,16 @@ def test_a_problem_without_parameters():
     assert_equal(layer, compiled(layer), [], [weight])
 
 
-def test_kinks_and_weakly_active_bounds():
+POLICIES = {
+    "mean": ddn.Policy(weakly_active="mean"),
+    "inactive": ddn.Policy(weakly_active="inactive"),
+    "clarke": ddn.Policy(nonsmooth="clarke"),
+    "smoothed": ddn.Policy(smoothing=1e-3),
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_kinks_and_weakly_active_bounds(policy):
     lasso = ddn.DeclarativeLayer(
         ddn.Problem(
             variables={"u": (3,)},
@@ -180,10 +189,28 @@ def test_kinks_and_weakly_active_bounds():
             objective=lambda u, x: 0.5 * (u - x).square().sum() + u.abs().sum(),
             bounds={"u": (None, 1.0)},
         ),
-        policy=ddn.Policy(weakly_active="mean"),
+        policy=POLICIES[policy],
     )
     x = torch.tensor([[0.5, -3.0, 2.0], [1.4, 4.0, -0.1]], dtype=f64, requires_grad=True)
-    assert_equal(lasso, compiled(lasso), [x])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ddn.DegeneracyWarning)
+        assert_equal(lasso, compiled(lasso), [x])
+
+
+def test_a_weakly_active_norm_may_be_refused():
+    layer = ddn.DeclarativeLayer(
+        ddn.Problem(
+            variables={"u": (2,)},
+            parameters={"x": (2,)},
+            objective=lambda u, x: 0.5 * (u - x).square().sum() + u.norm(),
+        ),
+        policy=ddn.Policy(weakly_active="raise"),
+    )
+    x = torch.tensor([0.6, 0.8], dtype=f64, requires_grad=True)
+    for function in (layer, compiled(layer)):
+        value = function(x).sum()
+        with pytest.raises(ddn.SensitivityError, match="weakly active"):
+            value.backward()
 
 
 def test_training_follows_eager_step_by_step():
@@ -290,6 +317,32 @@ def test_the_mode_of_a_captured_module_is_seen():
     layer.eval()
     assert_equal(layer, found, [x], net.parameters())
     torch.testing.assert_close(found(x), net(x), rtol=1e-9, atol=1e-9)
+
+
+def test_a_changed_number_of_constraints_is_named_and_then_taken():
+    planes = [torch.tensor([1.0, 1.0], dtype=f64)]
+    layer = ddn.DeclarativeLayer(
+        {
+            "variables": {"u": (2,)},
+            "parameters": {"x": (2,)},
+            "objective": lambda u, x: (u - x).square().sum(),
+            "inequality": lambda u: torch.stack([u @ plane for plane in planes]),
+        }
+    )
+    found, x = compiled(layer), torch.tensor([[1.0, 2.0]], dtype=f64, requires_grad=True)
+    assert_equal(layer, found, [x])
+    planes.append(torch.tensor([-1.0, 2.0], dtype=f64))
+    with pytest.raises(ddn.TraceError, match="compiles anew"):
+        found(x)
+    x = torch.tensor([[1.0, 2.0], [0.5, -3.0]], dtype=f64, requires_grad=True)
+    assert_equal(layer, found, [x])
+
+
+def test_an_empty_batch():
+    layer = ddn.DeclarativeLayer(ball())
+    x = torch.randn(0, 3, dtype=f64, requires_grad=True)
+    value, (gradient,) = gradients(lambda x: compiled(layer)(x, R), [x])
+    assert value.shape == gradient.shape == (0, 3)
 
 
 def test_two_layers_in_one_model():

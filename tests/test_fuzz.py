@@ -522,9 +522,6 @@ def test_solve_does_not_depend_on_the_unit_of_the_objective(known: Known, power:
 # -- what the long run found ------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(
-    reason="equilibration hides a flat coordinate: rounding over rounding looks regular", strict=True
-)
 def test_a_flat_coordinate_is_singular_although_its_zero_is_rounding() -> None:
     """Equation 36 of the paper along an axis: H = diag(0, h, h, h), where that 0 is 1e-17 for some x."""
     problem = ddn.Problem({"u": (4,)}, {"x": (4,)}, lambda u, x: -(x @ u) / u.norm())
@@ -540,7 +537,6 @@ def test_a_flat_coordinate_is_singular_although_its_zero_is_rounding() -> None:
         )
 
 
-@pytest.mark.xfail(reason="a residual of rounding is divided by forces that are rounding too", strict=True)
 def test_a_point_whose_forces_cancel_to_rounding_is_stationary() -> None:
     def objective(u: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return 0.5 * u[1].square() + (0.1 * u[0] * x + 0.2 * u[0] * x - 0.3 * u[0] * x)  # 3e-17 u[0] x
