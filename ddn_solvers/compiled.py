@@ -23,18 +23,21 @@ and ``torch.func.jvp`` returns zeros without a word.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch._guards import tracing
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ddn_solvers.binding import Binding, bind
 from ddn_solvers.errors import SensitivityError, TraceError
@@ -100,26 +103,24 @@ class Front:
 
     Attributes:
         number: () int64.
+        program: Whose parameters and captured tensors the graph takes; one ``like`` it may be what runs.
         widths: Second dimension of each of ``Outputs``, -1 where it has one only. An argument of the operator, so that
             compilers that cache graphs by their text tell layers, and versions of this library, apart.
-        anchors: Names under which the layer holds what the program's functions capture.
     """
 
     def __init__(self, layer: Layer, program: Program) -> None:
-        self.layer, self.program = weakref.ref(layer), program
-        n, m = program.variables.size, program.smooth.rows
-        sides = m - program.equality.size + 2 * n
-        widths = dict.fromkeys(("z", "lower", "upper"), n) | {"y": m, "pieces": m - program.constraints}
-        widths |= {"sides": sides, "weak": sides, "singular": 2, "residuals": 3}
-        self.widths = tuple(widths.get(name, _NONE) for name in Outputs._fields)
-        self.anchors = tuple({a.anchor: None for a in program.graph.captures if a.anchor is not None})
-        self.signature = (
-            self.widths,
-            tuple((block.name, block.shape) for block in program.parameters),
-            tuple((a.name, a.anchor, a.steps) for a in program.graph.captures),
-        )
-        self.number = _numbered(self)
+        self.layer, self.number = weakref.ref(layer), _numbered(self)
         self._rules: list[Rule] = []
+        self.take(program)
+        torch.compiler.assume_constant_result(_look)  # here, as this loads Dynamo; tracing a problem has, too
+
+    def take(self, program: Program) -> None:
+        """Let graphs be made for this program from now on."""
+        self.program, self.widths = program, _widths(program)
+
+    def like(self, program: Program) -> bool:
+        """Whether graphs that were made for this front serve ``program``."""
+        return program is self.program or _signature(program) == _signature(self.program)
 
     def rule(self, program: Program, policy: Policy) -> Rule:
         """The one rule of this program and policy; the layer remembers the last few."""
@@ -131,6 +132,20 @@ class Front:
                 rule = Rule(program, policy)
             self._rules = [*(r for r in self._rules if r is not rule), rule][-_MAX_RULES:]
             return rule
+
+
+def _widths(program: Program) -> tuple[int, ...]:
+    n, m = program.variables.size, program.smooth.rows
+    sides = m - program.equality.size + 2 * n
+    widths = dict.fromkeys(("z", "lower", "upper"), n) | {"y": m, "pieces": m - program.constraints}
+    widths |= {"sides": sides, "weak": sides, "singular": 2, "residuals": 3}
+    return tuple(widths.get(name, _NONE) for name in Outputs._fields)
+
+
+def _signature(program: Program) -> tuple[Any, ...]:
+    """What a graph depends on: shapes, and how captured tensors are reached."""
+    blocks = tuple((block.name, block.shape) for block in program.parameters)
+    return _widths(program), blocks, tuple((a.name, a.anchor, a.steps) for a in program.graph.captures)
 
 
 # -- what Dynamo traces -------------------------------------------------------------------------------
@@ -148,8 +163,10 @@ def possible() -> bool:
 def forward(layer: Layer, parameters: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
     """The variables of the layer's solution, out of operations that a graph can hold."""
     front = layer._front
+    _look(front.number)
     program = front.program
-    own = {name: getattr(layer, name) for name in front.anchors}
+    # Read by attribute: whether a name was rebound would be a guard for each module, and copies shared no graph.
+    own = {a.anchor: getattr(layer, a.anchor) for a in program.graph.captures if a.anchor is not None}
     captured = [accessor.read(own) for accessor in program.graph.captures]
     binding = bind(program, parameters, captured, {}, ())
     shape = [*binding.batch, program.variables.size]
@@ -158,17 +175,39 @@ def forward(layer: Layer, parameters: Mapping[str, Any]) -> tuple[torch.Tensor, 
     return tuple(values.values())
 
 
+def _look(number: torch.Tensor) -> None:
+    """Meet what the layer's functions capture now; runs once while a graph is made, and is not in it."""
+    front: Front = _NUMBERED[int(number)]
+    layer = front.layer()
+    assert layer is not None
+    with _eagerly(), _disable_current_modes(), tracing(None):
+        front.take(compile_program(layer.problem, layer._own_captures()))
+
+
 # -- operators ----------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _autograd_on() -> Iterator[None]:
-    """An operator runs below autograd, where ``torch.autograd.grad``, which torch callbacks call, gives zeros."""
-    include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
-    for key in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor"):
-        exclude = exclude.remove(getattr(torch._C.DispatchKey, key))
-    with torch._C._ForceDispatchKeyGuard(include, exclude):
-        yield
+def _eagerly() -> AbstractContextManager[Any]:
+    """The dispatcher as plain Python code finds it: the core is eager code, with autograd, tracing and torch.func.
+
+    Inside of an operator of a compiled graph most of it is switched off, below grad mode and in silence:
+    ``torch.autograd.grad`` gives zeros there.
+    """
+    return torch._C._ForceDispatchKeyGuard(*_dispatch_of_new_threads())
+
+
+@functools.cache
+def _dispatch_of_new_threads() -> tuple[Any, Any]:
+    """Dispatch keys that are included and excluded before anybody has changed them."""
+    found: list[tuple[Any, Any]] = []
+
+    def look() -> None:
+        found.append((torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    return found[0]
 
 
 def _current_program(front: Front, layer: Layer) -> Program:
@@ -179,13 +218,9 @@ def _current_program(front: Front, layer: Layer) -> Program:
     """
     rebound = layer._rebound()
     program = compile_program(layer.problem, layer._own_captures())
-    if program is front.program and not rebound:
+    if not rebound and front.like(program):
         return program
-    now = Front(layer, program)
-    if now.signature != front.signature:
-        layer._front = now
-    elif not rebound:
-        return program
+    front.take(program)
     names = ", ".join(rebound) or ", ".join(block.name for block in program.parameters) or "nothing"
     raise TraceError(
         f"what the layer's functions capture is no longer what was compiled (now: {names}). The next call compiles anew."
@@ -206,7 +241,7 @@ def _solve(
     module = front.layer() if front is not None else None
     if front is None or module is None:
         raise TraceError("compiled code refers to a layer that no longer exists")
-    with _autograd_on():
+    with _eagerly():
         program = _current_program(front, module)
     warn_if_callbacks(program)
     binding = Binding(tuple(blocks), tuple(shape[:-1]), dtype, torch.device("cpu"))
@@ -222,7 +257,7 @@ def _solve(
         warm_start=None,
     )
     search.operation = Operation(program, policy, search.find)
-    with _autograd_on():
+    with _eagerly():
         outputs = search.find(tuple(block.numpy() for block in blocks))
         conclude(search, binding, outputs, started)
     weak = (
@@ -266,7 +301,7 @@ def _adjoint(
         )
     at = Outputs(*outputs)
     zeros = (torch.zeros_like(t) for t in (at.y, at.lower, at.upper, at.objective))
-    with _autograd_on():
+    with _eagerly():
         operation = Operation.resumed(by.program, by.policy, blocks, at)
         check_derivative(by.policy, operation.established())
         return vjp(operation, blocks, at, Cotangents(v.contiguous(), *zeros))

@@ -303,6 +303,51 @@ def test_a_rebound_module_is_named_and_then_taken():
     assert_equal(layer, found, [x], net.parameters())
 
 
+class OnItself(nn.Module):
+    """Holds the layer whose problem is made of it, and reads other weights in other modes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.training_weight, self.weight = (
+            nn.Parameter(torch.randn(3, dtype=f64)),
+            nn.Parameter(torch.randn(3, dtype=f64)),
+        )
+        self.layer = ddn.DeclarativeLayer(
+            {"variables": {"u": (3,)}, "parameters": {"x": (3,)}, "objective": self.objective}
+        )
+
+    def objective(self, u: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        weight = self.training_weight if self.training else self.weight
+        return (u - weight * x).square().sum() + 0.1 * u.pow(4).sum()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x).tanh()
+
+
+def test_a_model_that_holds_the_layer_made_of_it():
+    model = OnItself()
+    found, x = compiled(model), torch.randn(2, 3, dtype=f64, requires_grad=True)
+    assert_equal(model, found, [x], [model.training_weight])
+    assert graphs() == 1
+
+
+def test_a_mode_set_before_the_first_call_is_seen():
+    """It was a TraceError: a graph was made for what was captured when the layer was made."""
+    model = OnItself().eval()
+    found, x = compiled(model), torch.randn(2, 3, dtype=f64, requires_grad=True)
+    assert_equal(model, found, [x], [model.weight])
+
+
+def test_a_mode_that_asks_for_other_tensors_is_named_and_then_taken():
+    model = OnItself()
+    found, x = compiled(model), torch.randn(2, 3, dtype=f64, requires_grad=True)
+    assert_equal(model, found, [x], [model.training_weight])
+    model.eval()
+    with pytest.raises(ddn.TraceError, match=r"now: x, self\.weight.*compiles anew"):
+        found(x)
+    assert_equal(model, found, [x], [model.weight])
+
+
 def test_the_mode_of_a_captured_module_is_seen():
     net = nn.Linear(3, 3, dtype=f64)
     layer = ddn.DeclarativeLayer(
