@@ -130,7 +130,9 @@ def fingerprint(value: Any, is_input: bool) -> tuple[Any, ...]:
     if isinstance(value, _SCALARS):
         return (type(value), repr(value))
     if isinstance(value, torch.nn.Module):
-        return (type(value), tuple(name for name, _ in value.named_children()))
+        # A model gets its layer as a child after the layer has traced functions of that model: no change for them.
+        children = (n for n, child in value.named_children() if type(child).__module__ != "ddn_solvers.layer")
+        return (type(value), tuple(children))
     if isinstance(value, Mapping):
         return (type(value), tuple(value))
     if isinstance(value, (list, tuple)):
@@ -199,7 +201,9 @@ class _Walk:
     def value(self, accessor: Accessor, value: Any, depth: int, in_module: bool = False) -> Iterator[Found]:
         if (depth > _MAX_DEPTH and not in_module) or len(self.kept_alive) > _MAX_OBJECTS:
             return
-        if accessor.anchor is None and isinstance(value, (torch.nn.Module, torch.nn.Parameter)):
+        # What a function calls its self most likely holds the layer, which must not hold it in turn: its parts do.
+        registrable = isinstance(value, (torch.nn.Module, torch.nn.Parameter)) and accessor.name != "self"
+        if accessor.anchor is None and registrable:
             accessor = replace(
                 accessor, anchor=self._anchor_name(accessor.name, value), anchor_depth=len(accessor.steps)
             )
@@ -280,7 +284,8 @@ class _Walk:
                 yield from self.value(here, argument, depth + 1)
             return
         if isinstance(function, types.MethodType):
-            yield from self.value(accessor.step("attr", "__self__"), function.__self__, depth + 1)
+            owner = replace(accessor.step("attr", "__self__"), name="self")
+            yield from self.value(owner, function.__self__, depth + 1)
             function = function.__func__
         if not isinstance(function, types.FunctionType) or _foreign(function.__module__):
             return

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.autograd import forward_ad
 
 from ddn_solvers.active_set import ActiveSet
 from ddn_solvers.arrays import Array, Index, Mask
@@ -220,18 +221,19 @@ class _Implicit(torch.autograd.Function):
             return (None,) * (1 + ctx.blocks)
         check_derivative(operation.policy, operation.established())
         envelope = all(c is None for c in cotangents[: _DIFFERENTIABLE - 1])
-        v = Cotangents(
-            *(
-                torch.zeros_like(output) if c is None else c.to(output.dtype)
-                for c, output in zip(cotangents[:_DIFFERENTIABLE], outputs, strict=False)
-            )
-        )
-        if torch.is_grad_enabled() or any(map(_is_transformed, (*blocks, *vars(v).values()))):
-            linearisation = _torch_linearisation(operation, blocks, outputs)
-            gradients = linearisation.vjp(v, outputs.gradient_scale, envelope)
-        else:
-            gradients = vjp(operation, blocks, outputs, v, envelope)
-        return None, *gradients
+        full = [
+            torch.zeros_like(output) if c is None else c.to(output.dtype)
+            for c, output in zip(cotangents[:_DIFFERENTIABLE], outputs, strict=False)
+        ]
+
+        def gradients(*v: torch.Tensor) -> list[torch.Tensor]:
+            if torch.is_grad_enabled() or any(map(_is_transformed, (*blocks, *v))):
+                _refuse_batched_tangents((*blocks, *outputs[:_DIFFERENTIABLE], *v))
+                linearisation = _torch_linearisation(operation, blocks, outputs)
+                return linearisation.vjp(Cotangents(*v), outputs.gradient_scale, envelope)
+            return vjp(operation, blocks, outputs, Cotangents(*v), envelope)
+
+        return None, *_one_by_one(gradients, full)
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -241,12 +243,15 @@ class _Implicit(torch.autograd.Function):
         check_derivative(operation.policy, operation.established())
         _refuse_nested_forward_mode()
         full = [torch.zeros_like(b) if t is None else t for t, b in zip(tangents, blocks, strict=True)]
-        if operation.depends_on_direction():
-            changes = _Directional.apply(operation, *full)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        else:
-            changes = _torch_linearisation(operation, blocks, outputs).jvp(full)
-        scaled = [scale_rows(change, outputs.gradient_scale) for change in changes]
-        return (*scaled, *(None,) * (len(outputs) - _DIFFERENTIABLE))
+
+        def changes(*full: torch.Tensor) -> list[torch.Tensor]:
+            if operation.depends_on_direction():
+                found = _Directional.apply(operation, *full)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            else:
+                found = _torch_linearisation(operation, blocks, outputs).jvp(full)
+            return [scale_rows(change, outputs.gradient_scale) for change in found]
+
+        return (*_one_by_one(changes, full), *(None,) * (len(outputs) - _DIFFERENTIABLE))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], operation: Operation, *blocks: torch.Tensor) -> Any:
@@ -322,14 +327,49 @@ def _refuse_nested_forward_mode() -> None:
         )
 
 
+def _refuse_batched_tangents(tensors: Sequence[torch.Tensor]) -> None:
+    """Autograd's own vmap over forward mode does not go through torch.func, of which the backward is made."""
+    if forward_ad._current_level < 0 or any(map(_is_transformed, tensors)):
+        return
+    tangents = (forward_ad.unpack_dual(tensor).tangent for tensor in tensors)
+    if any(t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in tangents):
+        raise SensitivityError(
+            "torch.autograd.functional.hessian with vectorize=True and forward mode outside is not possible "
+            "through a solve; use torch.func.hessian, or its reverse mode"
+        )
+
+
 def _is_transformed(tensor: torch.Tensor) -> bool:
     """Whether a torch.func transform wraps the tensor, so that it has no array."""
-    if torch._C._functorch.is_legacy_batchedtensor(tensor):
-        raise SensitivityError(
-            "autograd's is_grads_batched (and vectorize=True) cannot pass through a solve; use torch.func.vjp and "
-            "vmap, or torch.func.jacrev"
-        )
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
+def _one_by_one(
+    derivative: Callable[..., list[torch.Tensor]],
+    directions: Sequence[torch.Tensor],
+    nesting: int | None = None,
+) -> list[torch.Tensor]:
+    """``derivative`` of each of a batch of directions, as autograd's own vmap makes them, older than torch.func.
+
+    ``is_grads_batched`` and ``vectorize=True`` come here with tensors that hide a batch dimension, one for each
+    level of nesting, and have no arrays; the linearisation is the same for all.
+    """
+    if not any(map(torch._C._functorch.is_legacy_batchedtensor, directions)):
+        return derivative(*directions)
+    level = _legacy_vmap_level() if nesting is None else nesting
+    # Of a tensor without this level, one row stands for all.
+    shown = [torch._remove_batch_dim(d, level, 1, 0) for d in directions]
+    size = max(len(rows) for rows in shown)
+    found = [
+        _one_by_one(derivative, [rows[i if len(rows) > 1 else 0] for rows in shown], level - 1)
+        for i in range(size)
+    ]
+    return [torch._add_batch_dim(torch.stack(column), 0, level) for column in zip(*found, strict=True)]
+
+
+def _legacy_vmap_level() -> int:
+    torch._C._vmapmode_increment_nesting()
+    return torch._C._vmapmode_decrement_nesting()
 
 
 def _flatten(block: torch.Tensor, mapped: bool, size: int, inner: int | None) -> torch.Tensor:

@@ -153,7 +153,7 @@ class DeclarativeLayer(torch.nn.Module):
         """The layer's own objects; one whose name was rebound at its source since is adopted anew."""
         for name in self._rebound():
             self._adopt(self._origins[name].accessor)
-        return {name: getattr(self, name) for name in self._origins}
+        return {name: origin.now(getattr(self, name)) for name, origin in self._origins.items()}
 
     # -- copies -----------------------------------------------------------------------------------
 
@@ -181,8 +181,14 @@ class _Origin:
         self.accessor, self._value = accessor, weakref.ref(value)
 
     def rebound(self) -> bool:
-        """Whether the name that the function uses refers to another object by now."""
-        return self.accessor.read_anchor() is not self._value()
+        """Whether the name that the function uses refers to another module or Parameter by now."""
+        value = self.accessor.read_anchor()
+        return value is not self._value() and isinstance(value, (torch.nn.Module, torch.nn.Parameter))
+
+    def now(self, own: Any) -> Any:
+        """The layer's ``own``, or the plain tensor that ``functional_call`` has put at its source alone."""
+        value = self.accessor.read_anchor()
+        return value if own is self._value() and isinstance(value, torch.Tensor) else own
 
 
 def _detached(solution: Solution) -> Solution:

@@ -129,11 +129,12 @@ def check_picklable(fields: Mapping[str, Any]) -> None:
     for where, function in functions:
         try:
             pickle.dumps(function)
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
+        except (pickle.PicklingError, AttributeError, TypeError, RecursionError) as error:
+            # Endless: the method of an object that holds this very problem.
             raise ProblemError(
                 f"{where}, {callable_name(function)}, cannot be pickled",
                 expected="functions defined at the top level of a module",
-                fix="Replace the lambda or nested function by a def there.",
+                fix="Replace the lambda, nested function or method by a def there.",
             ) from error
 
 
