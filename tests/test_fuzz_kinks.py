@@ -20,8 +20,20 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from known_kkt import CONVEX, D, Flat, Reference, _by_name, _definite, _hessian, _normal, _null_space
-from known_kkt import _powers, _solved, _uniform
+from known_kkt import (
+    CONVEX,
+    D,
+    Flat,
+    Reference,
+    _by_name,
+    _definite,
+    _hessian,
+    _normal,
+    _null_space,
+    _powers,
+    _solved,
+    _uniform,
+)
 from test_fuzz import NIGHT, SEEDS, examples, tolerance
 
 import ddn_solvers as ddn
@@ -114,9 +126,7 @@ class Kink:
     weak: torch.Tensor
 
 
-def kink(
-    kind: str, size: int, room: int, weak: bool, rng: np.random.Generator
-) -> tuple[torch.Tensor, Kink]:
+def kink(kind: str, size: int, room: int, weak: bool, rng: np.random.Generator) -> tuple[torch.Tensor, Kink]:
     """A value of r with at most ``room`` rows on the kink, and what phi is around it."""
     none = torch.zeros(0, dtype=D)
     signs = torch.from_numpy(rng.choice([-1.0, 1.0], size))
@@ -322,7 +332,9 @@ def assert_gradients(
 
 def cotangents_for(known: Known, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(shape, dtype=D, generator=generator) for shape in (known.z.shape, known.z.shape[:1]))
+    return tuple(
+        torch.randn(shape, dtype=D, generator=generator) for shape in (known.z.shape, known.z.shape[:1])
+    )
 
 
 def references_of(known: Known, kept: bool = True) -> list[Reference]:
