@@ -673,10 +673,6 @@ def test_dependent_rows_in_any_units_end_to_end(pair: tuple[float, float]) -> No
     close(quietly(found.jacobian, "u", "d"), np.full(3, 1 / 3))
 
 
-    "kkt/verify.py takes `singular` from the rows of the polish, though weakly active ones have joined since"
-)
-
-
 @pytest.mark.parametrize(
     ("solver", "units"),
     [
