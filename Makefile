@@ -59,7 +59,7 @@ fuzz: export OMP_NUM_THREADS := 1
 fuzz: export OPENBLAS_NUM_THREADS := 1
 fuzz: export MKL_NUM_THREADS := 1
 fuzz: $(VENV)/.development
-	$(BIN)/pytest -n $(WORKERS) --maxprocesses 8 --hypothesis-seed=$(SEED) tests/test_fuzz.py
+	$(BIN)/pytest -n $(WORKERS) --maxprocesses 8 --hypothesis-seed=$(SEED) tests/test_fuzz.py tests/test_fuzz_kinks.py
 
 clean:
 	rm -rf $(VENV) $(WHEEL_VENV) dist

@@ -23,6 +23,7 @@ from ddn_solvers.arrays import Array, Mask
 from ddn_solvers.pieces import spread
 from ddn_solvers.residuals import Evaluation
 
+_NO_SLACK = 1e-12  # scaled slack that is rounding
 _AT_ZERO = 1e-6  # scaled length of a vector, or lack of force, within which its norm counts as zero
 
 
@@ -139,7 +140,8 @@ def settled(evaluation: Evaluation, active: ActiveSet) -> Evaluation:
     kinks = kink_sides(evaluation)
     on, weak = active.sides[:, kinks], active.weak[:, kinks] & program.numbers
     sigma, mu = point.pieces, evaluation.kink_forces
-    pushed = weak | (-evaluation.scaled_multiplier[:, kinks] > evaluation.scaled_slack[:, kinks])
+    slack = evaluation.scaled_slack[:, kinks]  # at rounding it has no side of its own
+    pushed = weak | (-evaluation.scaled_multiplier[:, kinks] > slack) | (slack <= _NO_SLACK)
     side = np.where(pushed & (mu != 0), mu, evaluation.kink_residuals)
     side = np.where((side < 0) & program.numbers, -1.0, 1.0)
     bends = active.weak[:, kinks] & ~on

@@ -39,7 +39,8 @@ class Certificate:
         adjoint_residual: |K w - v| / |v| of the solve that a vjp makes, for a fixed v in the range of K.
         stationarity, feasibility, complementarity: Unscaled maximum norms at the polished point.
         active, weakly_active, dependent: By constraint name and ``"variable.lower"`` / ``"variable.upper"``,
-            bool tensors (*batch, *shape); kinks by operation and line, (*batch, number of kinks there).
+            bool tensors (*batch, *shape); kinks on which some sample sits by operation and line,
+            (*batch, number of kinks there).
             ``dependent``: active ones whose gradients depend on each other.
         null_space: One orthonormal basis a sample of the directions in which the KKT conditions do
             not determine the solution, (n, k).
@@ -210,7 +211,8 @@ def _by_name(
         names = [str(kink) for kink in program.pieces.kinks]
         for name in dict.fromkeys(names):
             index = [program.constraints + k for k, other in enumerate(names) if other == name]
-            found[name] = of_rows[:, index].reshape(*batch, len(index))
+            if rows[:, index].any():
+                found[name] = of_rows[:, index].reshape(*batch, len(index))
     for side, mask in (("lower", lower), ("upper", upper)):
         split = program.variables.split(torch.from_numpy(mask).reshape(*batch, program.variables.size))
         bounded = {term.name for term in program.graph.terms if term.kind == side}

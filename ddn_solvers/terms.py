@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.overrides import TorchFunctionMode
@@ -130,7 +131,8 @@ class Substitution(TorchFunctionMode):
             return _widen(func(*args, **kwargs))
         _refuse_what_loses_values(func, args)
         if func is torch.tensor and not any(map(_is_symbolic, pytree.tree_leaves(args))):
-            with _disable_current_modes():  # a real constant, which the graph can hold
+            # A real constant, which the graph can hold, not one of a transform in force.
+            with _disable_current_modes(), temporarily_clear_interpreter_stack():
                 return _widen(func(*args, **kwargs))
         if func in _INDEXING:
             args = (args[0], _static_index(args[1]), *args[2:])

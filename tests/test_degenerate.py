@@ -673,18 +673,13 @@ def test_dependent_rows_in_any_units_end_to_end(pair: tuple[float, float]) -> No
     close(quietly(found.jacobian, "u", "d"), np.full(3, 1 / 3))
 
 
-ADDED = (
-    "kkt/verify.py takes `singular` from the rows of the polish, though weakly active ones have joined since"
-)
-
-
 @pytest.mark.parametrize(
     ("solver", "units"),
     [
         ("casadi:ipopt", (1.0, 1.0)),
         ("casadi:ipopt", (1e-3, 1e3)),
-        known_bug("scipy:SLSQP", (1.0, 1.0), reason=ADDED),
-        known_bug("scipy:SLSQP", (1e-3, 1e3), reason=ADDED),
+        ("scipy:SLSQP", (1.0, 1.0)),
+        ("scipy:SLSQP", (1e-3, 1e3)),
     ],
 )
 def test_a_repeated_inequality_that_carries_no_force(solver: str, units: tuple[float, float]) -> None:

@@ -429,10 +429,6 @@ def test_the_choices_are_the_one_sided_values_of_re_solves(solver: str) -> None:
             close(jacobian @ d, moved, 1e-7)
 
 
-# Not strict: some seeds and gaps come out right by luck.
-@pytest.mark.xfail(
-    reason="rows that strong ones determine respond by rounding, which _complementary inverts", strict=False
-)
 @pytest.mark.parametrize("seed", range(20))
 def test_parallel_rows_in_any_units_move_as_the_tightest_of_them(seed: int) -> None:
     """Strong rows of a QP, some repeated in units of 1e-3 to 1e3: along dh each group has the smallest dh / unit."""
@@ -462,9 +458,6 @@ def test_parallel_rows_in_any_units_move_as_the_tightest_of_them(seed: int) -> N
     close(tangent_of(problem, p, point, dp), expected, 1e-8)
 
 
-@pytest.mark.xfail(
-    reason="the polish keeps rows that contradict each other and meets them half-way", strict=False
-)
 @pytest.mark.parametrize("unit", [1.0, 30.0])
 @pytest.mark.parametrize("gap", [1e-4, 1e-5, 1e-6, 1e-7])
 @pytest.mark.parametrize("solver", ["casadi:ipopt", "cvxpy:CLARABEL"])

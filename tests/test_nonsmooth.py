@@ -1114,11 +1114,6 @@ SPARSE_GROUPS = ddn.Problem(
 )  # fmt: skip
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=ddn.SolveError,
-    reason="norms and absolute values that vanish together are not a KKT point",
-)
 @pytest.mark.parametrize("solver", CONVEX)
 def test_sparse_group_lasso_with_a_nonlinear_loss(solver):
     """The convex problem's minimum: no lower value in any of many directions around it."""

@@ -355,16 +355,7 @@ def test_a_largest_entry_as_a_constraint(solver):
 WEAK = ddn.Problem({"u": (3,)}, {"x": (3,), "t": ()}, lambda u, x, t: half_squares(u, x) + t * u.abs().sum())
 
 
-WEAK_NORM = pytest.mark.xfail(
-    strict=True,
-    reason="exactly at its threshold a norm is reached as u = 1e-17, off the kink: IPOPT's point is called "
-    "singular instead of weakly active, SLSQP's is refused",
-)
-
-
-@pytest.mark.parametrize(
-    "solver", ["cvxpy:CLARABEL", *(pytest.param(s, marks=WEAK_NORM) for s in ("casadi:ipopt", "scipy:SLSQP"))]
-)
+@pytest.mark.parametrize("solver", ["cvxpy:CLARABEL", "casadi:ipopt", "scipy:SLSQP"])
 def test_a_weakly_active_norm(solver):
     """|x| = t: the norm holds u at zero with no force to spare. Kept, Dy = 0; off it, u leaves along x."""
     problem = ddn.Problem(

@@ -93,8 +93,8 @@ def _fitted(evaluation: Evaluation, near: Mask, equality: Mask) -> PrimalDual:
         signed = equalities + inequality
         columns = _columns(evaluation, i, np.concatenate([free, signed]), lower, upper)
         unit = 1 / _norms(columns)
-        weights = evaluation.kink_weights[i, kink]  # by which kinks that depend on each other share a force
-        unit[len(free) - len(kink) : len(free)] = np.where(weights > 0, weights, 1.0)
+        weights, norms = evaluation.kink_weights[i, kink], evaluation.row_norms[i, equalities + q + kink]
+        unit[len(free) - len(kink) : len(free)] = _kink_units(weights, norms)
         solution = unit * _signed_least_squares(
             _scaled(columns, unit), -evaluation.stationarity[i], len(free)
         )
@@ -153,6 +153,12 @@ def _scaled(columns: Any, unit: Array) -> Any:
     return columns @ sp.diags_array(unit)
 
 
+def _kink_units(weights: Array, norms: Array) -> Array:
+    """In which multipliers of kinks are measured, so that parallel ones share a force as their weights are."""
+    good = (weights > 0) & (norms > 0)
+    return np.where(good, np.sqrt(np.where(good, weights, 1.0) / np.where(good, norms, 1.0)), 1.0)
+
+
 def _norms(columns: Any) -> Array:
     """Of each column, one where it vanishes."""
     if isinstance(columns, np.ndarray):
@@ -172,7 +178,7 @@ class _ActiveRows:
         columns: Their gradients, (n, rows).
         known: Their multipliers, (rows,).
         limits: Between which numbers each of those lies, (2, rows): none for equalities, >= 0, |mu| <= w.
-        unit: In which each is measured, (rows,): the weight of a kink, so that kinks share a force by it.
+        unit: In which each is measured, (rows,); see ``_kink_units``.
         free: Directions in which the multipliers are not determined, (rows, d).
     """
 
@@ -197,8 +203,8 @@ class _ActiveRows:
         bounds = np.zeros(len(left) + len(right))
         limits = np.stack([np.concatenate([least, bounds]), np.concatenate([most, bounds + np.inf])])
         unit = np.ones(len(known))
-        unit[len(rows) - kink : len(rows)] = np.where(weights > 0, weights, 1.0)
         norms = np.linalg.norm(columns, axis=0)
+        unit[len(rows) - kink : len(rows)] = _kink_units(weights, norms[len(rows) - kink : len(rows)])
         norms = np.where(norms > 0, norms, 1.0)
         _, singular, rotated = np.linalg.svd(columns / norms)
         rank = int((singular > DEPENDENT * singular.max(initial=0.0)).sum())

@@ -127,7 +127,8 @@ def _established(
         system = kkt_system(there.take(other), active.take(other), linear_solver=policy.linear_solver)
         singular[other], condition[other] = system.singular.numpy(), system.condition.numpy()
     if (singular & finite).any() and finite.all():
-        here = Evaluation.at(there.program, there.bound, canonical_multipliers(there, active))
+        on_kinks = settled(evaluation, replace(active, weak=np.zeros_like(active.weak)))
+        here = Evaluation.at(there.program, there.bound, canonical_multipliers(on_kinks, active))
         active = identify(here, tolerance)
         there = settled(here, active)
     return there, active, singular, condition

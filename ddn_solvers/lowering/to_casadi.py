@@ -107,7 +107,7 @@ def lower(
     kinks: list[KinkExpression] = []
     with temporarily_clear_interpreter_stack():  # else a torch.func transform in force would wrap constants
         values = _Run(module, symbols, kinks).values(targets)
-    return Lowered(tuple(ca.densify(ca.MX(column(value))) for value in values), tuple(kinks))
+        return Lowered(tuple(ca.densify(ca.MX(column(value))) for value in values), tuple(kinks))
 
 
 def _output_nodes(module: fx.GraphModule) -> list[Any]:
