@@ -260,9 +260,8 @@ def _solve(
     with _eagerly():
         outputs = search.find(tuple(block.numpy() for block in blocks))
         conclude(search, binding, outputs, started)
-    weak = (
-        search.operation.established().active.weak
-    )  # whole: of those that cannot be dropped a policy may speak
+    # Whole: of those that cannot be dropped a policy may speak.
+    weak = search.operation.established().active.weak
     outputs = outputs._replace(weak=torch.from_numpy(weak.copy()))
     return [*outputs, front.rule(program, policy).number.clone()]
 
