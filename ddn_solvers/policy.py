@@ -33,9 +33,12 @@ class Policy:
             ``proximal / 2 |u - y|^2``; error O(proximal)).
         proximal: The paper's delta, used by that choice.
         weakly_active: A constraint with neither slack nor multiplier: treat as ``"active"`` (as
-            ReLU's 0 at 0), ``"inactive"``, the ``"mean"`` of both, or ``"raise"``.
-        nonsmooth: ``"manifold"`` (kinks act as active constraints) or ``"clarke"``.
-        smoothing: tau of the barrier-smoothed derivative; 0 is exact.
+            ReLU's 0 at 0), ``"inactive"``, the ``"mean"`` of both, or ``"raise"``. For reverse mode:
+            a jvp is the directional derivative. A function that bends there (``relu(u)**2``) takes its
+            side r > 0, and the zero of a vector's norm is kept, whatever is chosen.
+        nonsmooth: ``"manifold"`` (kinks act as active constraints) or ``"clarke"`` (the middle of the
+            subdifferential in place of each kink).
+        smoothing: tau of the barrier-smoothed derivative; 0 is exact. Kinks stay exact.
         accuracy: What "solved" means: scaled residuals and the predicted Newton step, relative.
         active_tol: Scaled slack and multiplier below which a constraint counts as weakly active;
             ``None`` derives it from ``accuracy`` and the caller's dtype.

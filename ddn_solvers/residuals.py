@@ -246,11 +246,6 @@ class Evaluation:
         pattern = self.J.pattern
         return Matrices(pattern, np.where(self.vanishing[:, pattern.indices], 0.0, self.J.nonzeros))
 
-    @property
-    def regular_jacobian(self) -> Array:
-        """``regular_J`` densely, (B, m, n)."""
-        return self.regular_J.dense
-
     @cached_property
     def vanishing(self) -> Any:
         """Rows of c whose gradient is nothing beside what it is nearby, (B, m) bool.

@@ -1132,3 +1132,27 @@ def test_sparse_group_lasso_with_a_nonlinear_loss(solver):
     values = torch.func.vmap(lambda u: SPARSE_GROUPS.objective(u, **p))(around)
     assert (values >= s.objective).all()
     assert s.residuals.stationarity < 1e-8
+
+
+@pytest.mark.parametrize("choice", ["manifold", "clarke"])
+def test_a_failed_sample_does_not_touch_the_degenerate_one_beside_it(choice):
+    """Kinks written twice share their force alone or beside a sample that is not finite; Clarke's choice too."""
+    problem = ddn.Problem(
+        {"u": (2,)}, {"x": (2,), "a": ()},
+        lambda u, x, a: half_squares(u, x) + 0.4 * u.abs().sum() + 0.01 * u.abs().sum() + torch.log(a),
+    )  # fmt: skip
+    policy = ddn.Policy(on_failure="mask", nonsmooth=choice)
+    x = torch.tensor([[3.0, 0.3], [3.0, 0.3]], dtype=D, requires_grad=True)
+    s = ddn.solve(
+        problem, {"x": x, "a": torch.tensor([1.0, -1.0], dtype=D)}, solver="casadi:ipopt", policy=policy
+    )
+    alone = x[:1].detach().clone().requires_grad_()
+    reference = ddn.solve(problem, {"x": alone, "a": number(1.0)}, solver="casadi:ipopt", policy=policy)
+    assert s.converged.tolist() == [True, False]
+    close(s["u"][0], reference["u"][0], 1e-12)
+    assert s.certificate.one_sided[0] == reference.certificate.one_sided[0]
+    found, expected = (
+        quietly(lambda t=t, p=p: torch.autograd.grad(t[0].sum(), p)[0][0])[0]
+        for t, p in ((s["u"], x), (reference["u"], alone))
+    )
+    close(found, expected, 1e-12)

@@ -229,14 +229,19 @@ class _ActiveRows:
         straight = np.zeros(len(self.known) - len(rows))
         return np.concatenate([np.einsum("ka,jab,kb->j", null, hessians, null), straight])
 
-    def largest(self, gain: Array) -> Array | None:
-        """Multipliers that maximise ``gain`` (d,) along ``free``; ``None`` if there is no limit."""
-        from scipy.optimize import linprog  # a quarter of a second to import, needed here only
-
+    def _room(self) -> tuple[Array, Array, Array]:
+        """Rows, right-hand side and unit of every limit, as rows t <= room for multipliers known + free t."""
         least, most = self.limits
         below, above = np.isfinite(least), np.isfinite(most)
         rows = np.concatenate([-self.free[below], self.free[above]])
         room = np.concatenate([(self.known - least)[below], (most - self.known)[above]])
+        return rows, room, np.concatenate([self.unit[below], self.unit[above]])
+
+    def largest(self, gain: Array) -> Array | None:
+        """Multipliers that maximise ``gain`` (d,) along ``free``; ``None`` if there is no limit."""
+        from scipy.optimize import linprog  # a quarter of a second to import, needed here only
+
+        rows, room, _ = self._room()
         found = linprog(-gain, rows, np.maximum(room, 0), bounds=(None, None))
         return self.known + self.free @ found.x if found.status == 0 else None
 
@@ -244,11 +249,7 @@ class _ActiveRows:
         """Multipliers as far inside of all limits as can be, in their units; ``None`` if there are none inside."""
         from scipy.optimize import linprog  # a quarter of a second to import, needed here only
 
-        least, most = self.limits
-        below, above = np.isfinite(least), np.isfinite(most)
-        rows = np.concatenate([-self.free[below], self.free[above]])
-        room = np.concatenate([(self.known - least)[below], (most - self.known)[above]])
-        depth = np.concatenate([self.unit[below], self.unit[above]])
+        rows, room, depth = self._room()
         d = self.free.shape[1]
         found = linprog(
             [*[0.0] * d, -1.0], np.column_stack([rows, depth]), room, bounds=[*[(None, None)] * d, (0, 1)]

@@ -126,9 +126,14 @@ def _established(
     if other.size:
         system = kkt_system(there.take(other), active.take(other), linear_solver=policy.linear_solver)
         singular[other], condition[other] = system.singular.numpy(), system.condition.numpy()
-    if (singular & finite).any() and finite.all():
+    degenerate = np.flatnonzero(singular & finite)
+    if degenerate.size:  # those samples alone: the others stay as they are
         on_kinks = settled(evaluation, replace(active, weak=np.zeros_like(active.weak)))
-        here = Evaluation.at(there.program, there.bound, canonical_multipliers(on_kinks, active))
+        chosen = canonical_multipliers(on_kinks.take(degenerate), active.take(degenerate))
+        point = PrimalDual(**{name: values.copy() for name, values in vars(there.point).items()})
+        for k, i in enumerate(degenerate):
+            point.put(int(i), chosen, k)
+        here = Evaluation.at(there.program, there.bound, point)
         active = identify(here, tolerance)
         there = settled(here, active)
     return there, active, singular, condition
@@ -141,11 +146,9 @@ def on_chosen_pieces(verified: Verified, policy: Policy) -> Verified:
     evaluation, active = off_kinks(verified.evaluation, verified.active)
     if active is verified.active:
         return verified
-    with np.errstate(all="ignore"):
-        system = kkt_system(evaluation, active)
-    return replace(
-        verified, evaluation=evaluation, active=active, singular=system.singular.numpy(), system=None
-    )
+    good, singular = np.flatnonzero(verified.optimal), np.zeros_like(verified.singular)
+    singular[good] = kkt_system(evaluation.take(good), active.take(good)).singular.numpy()
+    return replace(verified, evaluation=evaluation, active=active, singular=singular, system=None)
 
 
 def _judge(
