@@ -1,0 +1,78 @@
+"""Nodes whose solution and derivative have a closed form, as one differentiable operation.
+
+    y = argmin_u f(u, x),     v -> v^T Dy  and  t -> Dy t  written out
+
+The vjp and jvp are written in differentiable operations of inputs, solution and cotangent, and the solution is
+an output of this same operation: differentiating the backward runs through it again, to any order.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ddn_solvers.uncompiled import uncompiled
+
+Tensors = Sequence[torch.Tensor]
+
+
+class Rule(ABC):
+    """How a node is solved and differentiated; all inputs and the solution have the same number of batch dimensions.
+
+    Batch dimensions come first and broadcast; a rule treats each instance by itself.
+    """
+
+    @abstractmethod
+    def solve(self, *inputs: torch.Tensor) -> torch.Tensor: ...
+
+    @abstractmethod
+    def vjp(
+        self, inputs: Tensors, y: torch.Tensor, cotangent: torch.Tensor, needed: Sequence[bool]
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Gradients by those inputs that are needed, each of the shape of its input."""
+
+    @abstractmethod
+    def jvp(self, inputs: Tensors, y: torch.Tensor, tangents: Sequence[torch.Tensor | None]) -> torch.Tensor:
+        """The tangent of the solution; an input without tangent is constant."""
+
+
+class _Node(torch.autograd.Function):
+    @staticmethod
+    def forward(rule: Rule, *inputs: torch.Tensor) -> torch.Tensor:
+        return rule.solve(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        ctx.rule = inputs[0]
+        ctx.save_for_backward(*inputs[1:], output)
+        ctx.save_for_forward(*inputs[1:], output)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        *inputs, y = ctx.saved_tensors
+        return (None, *ctx.rule.vjp(inputs, y, cotangent, ctx.needs_input_grad[1:]))
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: torch.Tensor | None) -> torch.Tensor:
+        *inputs, y = ctx.saved_tensors
+        return ctx.rule.jvp(inputs, y, tangents)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], rule: Rule, *inputs: torch.Tensor
+    ) -> tuple[torch.Tensor, int]:
+        size = info.batch_size
+        moved = (
+            x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+            for x, dim in zip(inputs, in_dims[1:], strict=True)
+        )
+        return _Node.apply(rule, *moved), 0  # type: ignore[no-untyped-call]  # torch leaves it untyped
+
+
+@uncompiled
+def apply(rule: Rule, *inputs: torch.Tensor) -> torch.Tensor:
+    """The solution, differentiable in every input, under ``torch.func`` too."""
+    return _Node.apply(rule, *inputs)  # type: ignore[no-untyped-call]  # torch leaves it untyped
