@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.autograd import forward_ad
 
 from ddn_solvers.active_set import ActiveSet
 from ddn_solvers.arrays import Array, Index, Mask
@@ -26,6 +25,12 @@ from ddn_solvers.policy import Policy
 from ddn_solvers.program import Program
 from ddn_solvers.residuals import Bound, Evaluation, PrimalDual
 from ddn_solvers.solution import Status
+from ddn_solvers.transforms import (
+    is_transformed,
+    one_by_one,
+    refuse_batched_tangents,
+    refuse_nested_forward_mode,
+)
 
 
 class Outputs(NamedTuple):
@@ -227,13 +232,13 @@ class _Implicit(torch.autograd.Function):
         ]
 
         def gradients(*v: torch.Tensor) -> list[torch.Tensor]:
-            if torch.is_grad_enabled() or any(map(_is_transformed, (*blocks, *v))):
-                _refuse_batched_tangents((*blocks, *outputs[:_DIFFERENTIABLE], *v))
+            if torch.is_grad_enabled() or any(map(is_transformed, (*blocks, *v))):
+                refuse_batched_tangents((*blocks, *outputs[:_DIFFERENTIABLE], *v))
                 linearisation = _torch_linearisation(operation, blocks, outputs)
                 return linearisation.vjp(Cotangents(*v), outputs.gradient_scale, envelope)
             return vjp(operation, blocks, outputs, Cotangents(*v), envelope)
 
-        return None, *_one_by_one(gradients, full)
+        return None, *one_by_one(gradients, full)
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -241,7 +246,7 @@ class _Implicit(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: checkpointing unpacks them one time
         blocks, outputs = saved[: ctx.blocks], Outputs(*saved[ctx.blocks :])
         check_derivative(operation.policy, operation.established())
-        _refuse_nested_forward_mode()
+        refuse_nested_forward_mode()
         full = [torch.zeros_like(b) if t is None else t for t, b in zip(tangents, blocks, strict=True)]
 
         def changes(*full: torch.Tensor) -> list[torch.Tensor]:
@@ -251,7 +256,7 @@ class _Implicit(torch.autograd.Function):
                 found = _torch_linearisation(operation, blocks, outputs).jvp(full)
             return [scale_rows(change, outputs.gradient_scale) for change in found]
 
-        return (*_one_by_one(changes, full), *(None,) * (len(outputs) - _DIFFERENTIABLE))
+        return (*one_by_one(changes, full), *(None,) * (len(outputs) - _DIFFERENTIABLE))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], operation: Operation, *blocks: torch.Tensor) -> Any:
@@ -315,61 +320,6 @@ def _mapped(
     outputs = function.apply(operation, *flat)
     batch = 1 if inner is None else inner
     return tuple(o.reshape(size, batch, *o.shape[1:]) for o in outputs), (0,) * len(outputs)
-
-
-def _refuse_nested_forward_mode() -> None:
-    """torch does not carry a second forward derivative through a custom function: it would be zero."""
-    stack = torch._C._functorch.get_interpreter_stack() or []
-    if sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack) > 1:
-        raise SensitivityError(
-            "forward mode inside forward mode (jacfwd of jacfwd) is not possible through a solve; "
-            "use torch.func.hessian, or jacrev inside"
-        )
-
-
-def _refuse_batched_tangents(tensors: Sequence[torch.Tensor]) -> None:
-    """Autograd's own vmap over forward mode does not go through torch.func, of which the backward is made."""
-    if forward_ad._current_level < 0 or any(map(_is_transformed, tensors)):
-        return
-    tangents = (forward_ad.unpack_dual(tensor).tangent for tensor in tensors)
-    if any(t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in tangents):
-        raise SensitivityError(
-            "torch.autograd.functional.hessian with vectorize=True and forward mode outside is not possible "
-            "through a solve; use torch.func.hessian, or its reverse mode"
-        )
-
-
-def _is_transformed(tensor: torch.Tensor) -> bool:
-    """Whether a torch.func transform wraps the tensor, so that it has no array."""
-    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
-
-
-def _one_by_one(
-    derivative: Callable[..., list[torch.Tensor]],
-    directions: Sequence[torch.Tensor],
-    nesting: int | None = None,
-) -> list[torch.Tensor]:
-    """``derivative`` of each of a batch of directions, as autograd's own vmap makes them, older than torch.func.
-
-    ``is_grads_batched`` and ``vectorize=True`` come here with tensors that hide a batch dimension, one for each
-    level of nesting, and have no arrays; the linearisation is the same for all.
-    """
-    if not any(map(torch._C._functorch.is_legacy_batchedtensor, directions)):
-        return derivative(*directions)
-    level = _legacy_vmap_level() if nesting is None else nesting
-    # Of a tensor without this level, one row stands for all.
-    shown = [torch._remove_batch_dim(d, level, 1, 0) for d in directions]
-    size = max(len(rows) for rows in shown)
-    found = [
-        _one_by_one(derivative, [rows[i if len(rows) > 1 else 0] for rows in shown], level - 1)
-        for i in range(size)
-    ]
-    return [torch._add_batch_dim(torch.stack(column), 0, level) for column in zip(*found, strict=True)]
-
-
-def _legacy_vmap_level() -> int:
-    torch._C._vmapmode_increment_nesting()
-    return torch._C._vmapmode_decrement_nesting()
 
 
 def _flatten(block: torch.Tensor, mapped: bool, size: int, inner: int | None) -> torch.Tensor:

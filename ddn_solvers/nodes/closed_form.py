@@ -14,6 +14,12 @@ from typing import Any
 
 import torch
 
+from ddn_solvers.transforms import (
+    is_transformed,
+    one_by_one,
+    refuse_batched_tangents,
+    refuse_nested_forward_mode,
+)
 from ddn_solvers.uncompiled import uncompiled
 
 Tensors = Sequence[torch.Tensor]
@@ -34,6 +40,12 @@ class Rule(ABC):
     ) -> tuple[torch.Tensor | None, ...]:
         """Gradients by those inputs that are needed, each of the shape of its input."""
 
+    def final_vjp(
+        self, inputs: Tensors, y: torch.Tensor, cotangent: torch.Tensor, needed: Sequence[bool]
+    ) -> tuple[torch.Tensor | None, ...]:
+        """``vjp`` where nothing is differentiated further and tensors are plain: it may work in place."""
+        return self.vjp(inputs, y, cotangent, needed)
+
     @abstractmethod
     def jvp(self, inputs: Tensors, y: torch.Tensor, tangents: Sequence[torch.Tensor | None]) -> torch.Tensor:
         """The tangent of the solution; an input without tangent is constant."""
@@ -53,12 +65,30 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, cotangent: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         *inputs, y = ctx.saved_tensors
-        return (None, *ctx.rule.vjp(inputs, y, cotangent, ctx.needs_input_grad[1:]))
+        needed = ctx.needs_input_grad[1:]
+        wanted = [i for i, need in enumerate(needed) if need]
+
+        def gradients(v: torch.Tensor) -> list[torch.Tensor]:
+            further = torch.is_grad_enabled() or any(map(is_transformed, (*inputs, v)))
+            if further:
+                refuse_batched_tangents((*inputs, y, v))
+            found = (ctx.rule.vjp if further else ctx.rule.final_vjp)(inputs, y, v, needed)
+            return [found[i] for i in wanted]
+
+        found = dict(zip(wanted, one_by_one(gradients, [cotangent]), strict=True))
+        return (None, *(found.get(i) for i in range(len(inputs))))
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: torch.Tensor | None) -> torch.Tensor:
         *inputs, y = ctx.saved_tensors
-        return ctx.rule.jvp(inputs, y, tangents)
+        refuse_nested_forward_mode()
+        given = {i: tangent for i, tangent in enumerate(tangents) if tangent is not None}
+
+        def change(*directions: torch.Tensor) -> list[torch.Tensor]:
+            known = dict(zip(given, directions, strict=True))
+            return [ctx.rule.jvp(inputs, y, [known.get(i) for i in range(len(inputs))])]
+
+        return one_by_one(change, list(given.values()))[0]
 
     @staticmethod
     def vmap(
