@@ -16,7 +16,14 @@ BUILT_IN = ("casadi", "cvxpy", "scipy")
 TABLE = re.compile(r"(<!-- backends: .*? -->\n)(.*?)(<!-- end of backends -->)", re.DOTALL)
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)#]+)\)")
-PAGES = ("README.md", "adapters/README.md", "docs/gradients.md", "docs/problems.md", "docs/compile.md")
+PAGES = (
+    "README.md",
+    "adapters/README.md",
+    "docs/gradients.md",
+    "docs/problems.md",
+    "docs/compile.md",
+    "docs/tutorials.md",
+)
 
 
 def backend_table() -> str:
