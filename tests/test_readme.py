@@ -16,7 +16,11 @@ BUILT_IN = ("casadi", "cvxpy", "scipy")
 TABLE = re.compile(r"(<!-- backends: .*? -->\n)(.*?)(<!-- end of backends -->)", re.DOTALL)
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)#]+)\)")
-PAGES = ("README.md", "adapters/README.md", "docs/gradients.md", "docs/problems.md", "docs/compile.md")
+PAGES = (
+    "README.md",
+    "adapters/README.md",
+    *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md"))),
+)
 
 
 def backend_table() -> str:
