@@ -19,10 +19,7 @@ LINK = re.compile(r"\]\(([^)#]+)\)")
 PAGES = (
     "README.md",
     "adapters/README.md",
-    "docs/gradients.md",
-    "docs/problems.md",
-    "docs/compile.md",
-    "docs/tutorials.md",
+    *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md"))),
 )
 
 

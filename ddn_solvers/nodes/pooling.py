@@ -16,11 +16,18 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
 
 from ddn_solvers.errors import DegeneracyWarning, ProblemError, warn_caller
 from ddn_solvers.nodes.closed_form import Rule, Tensors, apply
 from ddn_solvers.nodes.location import location
+from ddn_solvers.nodes.penalised import (
+    Penalised,
+    check_values,
+    penalty_named,
+    scale_of,
+    weights_of,
+    working_dtype,
+)
 from ddn_solvers.nodes.penalties import PENALTIES, Penalty
 from ddn_solvers.problem import Problem
 from ddn_solvers.transforms import is_transformed
@@ -35,7 +42,7 @@ class _Pool(Rule):
         self.penalty = penalty
 
     def solve(self, *inputs: torch.Tensor) -> torch.Tensor:
-        _check_values(*inputs)
+        check_values(inputs[1], inputs[2] if len(inputs) > 2 else None)
         batch, rows = _rows(*inputs)
         y, flat = rows[0].new_empty(len(rows[0]), 1), 0
         for some in _blocks(rows[0]):
@@ -106,17 +113,6 @@ class _Pool(Rule):
         if rest and rest[0] is not None:
             change = change - (force * rest[0]).sum(-1, keepdim=True) * inputs[1] / total
         return change
-
-
-def _check_values(x: torch.Tensor, alpha: torch.Tensor, weights: torch.Tensor | None = None) -> None:
-    if not bool(((alpha > 0) & (alpha < math.inf)).all()):
-        raise ProblemError(f"alpha must be positive and finite; its smallest entry is {float(alpha.min())}")
-    if weights is not None:
-        if not bool(((weights >= 0) & (weights < math.inf)).all()):
-            raise ProblemError("weights must be finite and not negative")
-        empty = int((weights.amax(-1) == 0).sum())
-        if empty:
-            raise ProblemError(f"{empty} pools are empty (no weight, or masked out): they have no minimum")
 
 
 def _mean(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -206,14 +202,11 @@ def _arranged(
     keepdim: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, Callable[[torch.Tensor], torch.Tensor]]:
     """Points (*kept, n), alpha (*kept or 1, 1), weights, and what puts a result (*kept) into the caller's shape."""
-    if penalty not in PENALTIES:
-        raise ProblemError(f"unknown penalty {penalty!r}; there are {', '.join(map(repr, PENALTIES))}")
-    if not x.is_floating_point():
-        raise ProblemError(f"x is {x.dtype}, a real floating-point tensor was expected: convert it")
-    work = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
+    penalty_named(penalty)
+    work = working_dtype(x)
     pooled = _dimensions(x, dim)
     kept = [d for d in range(x.ndim) if d not in pooled]
-    shape = [x.shape[d] for d in kept]
+    shape = torch.Size(x.shape[d] for d in kept)
 
     def flattened(values: torch.Tensor) -> torch.Tensor:
         return values.permute(*kept, *pooled).reshape(*shape, math.prod(x.shape[d] for d in pooled))
@@ -222,26 +215,17 @@ def _arranged(
         full = [1 if d in pooled else size for d, size in enumerate(x.shape)]
         return (y.reshape(full) if keepdim else y).to(x.dtype)
 
-    if mask is not None:
-        mask = _broadcast(mask.to(torch.bool), x, "mask")
-        x = torch.where(mask, x, 0)
-        weights = mask.to(work) if weights is None else torch.where(mask, weights, 0)
+    weights = weights_of(weights, mask, x.shape, work)
     if weights is not None:
-        weights = flattened(_broadcast(weights.to(work), x, "weights"))
+        weights = flattened(weights)
+    if mask is not None:
+        x = torch.where(mask.to(torch.bool), x, 0)
     points = flattened(x.to(work))
     if points.shape[-1] == 0:
         raise ProblemError(
             f"x of shape {tuple(x.shape)} has no points along dim {dim}: a pool has no minimum"
         )
-    scale = torch.as_tensor(alpha, dtype=work, device=x.device)
-    try:
-        scale.expand(shape)
-    except RuntimeError:
-        raise ProblemError(
-            f"alpha of shape {tuple(scale.shape)} does not broadcast against the result, of shape {tuple(shape)}"
-        ) from None
-    scale = scale.reshape((1,) * (len(shape) - scale.ndim) + scale.shape + (1,))
-    return points, scale, weights, finish
+    return points, scale_of(alpha, shape, x.device, work), weights, finish
 
 
 def _dimensions(x: torch.Tensor, dim: int | Sequence[int] | None) -> list[int]:
@@ -254,16 +238,7 @@ def _dimensions(x: torch.Tensor, dim: int | Sequence[int] | None) -> list[int]:
     return found
 
 
-def _broadcast(values: torch.Tensor, x: torch.Tensor, name: str) -> torch.Tensor:
-    try:
-        return values.expand_as(x)
-    except RuntimeError:
-        raise ProblemError(
-            f"{name} of shape {tuple(values.shape)} does not broadcast against x of shape {tuple(x.shape)}"
-        ) from None
-
-
-class RobustPool(nn.Module):
+class RobustPool(Penalised):
     """``robust_pool`` as a module.
 
     Args:
@@ -274,8 +249,6 @@ class RobustPool(nn.Module):
         keepdim: As in ``robust_pool``.
     """
 
-    _alpha: torch.Tensor
-
     def __init__(
         self,
         penalty: str = "huber",
@@ -284,22 +257,8 @@ class RobustPool(nn.Module):
         learnable: bool = False,
         keepdim: bool = False,
     ) -> None:
-        super().__init__()
-        if penalty not in PENALTIES:
-            raise ProblemError(f"unknown penalty {penalty!r}; there are {', '.join(map(repr, PENALTIES))}")
-        self.penalty, self.dim, self.keepdim, self.learnable = penalty, dim, keepdim, learnable
-        start = torch.as_tensor(alpha, dtype=None if torch.is_tensor(alpha) else torch.get_default_dtype())
-        if not bool((start > 0).all()):
-            raise ProblemError(f"alpha must be positive, got {alpha}")
-        if learnable:
-            self.log_alpha = nn.Parameter(start.log())
-        else:
-            self.register_buffer("_alpha", start)
-
-    @property
-    def alpha(self) -> torch.Tensor:
-        """The inlier threshold."""
-        return self.log_alpha.exp() if self.learnable else self._alpha
+        super().__init__(penalty, alpha, learnable)
+        self.dim, self.keepdim = dim, keepdim
 
     def forward(
         self, x: torch.Tensor, weights: torch.Tensor | None = None, mask: torch.Tensor | None = None
@@ -319,6 +278,3 @@ class RobustPool(nn.Module):
             return (weights * penalty.value(((u - x) / alpha) ** 2)).sum() * alpha**penalty.scale
 
         return Problem({"u": ()}, {"x": (n,), "alpha": (), "weights": (n,)}, objective)
-
-    def extra_repr(self) -> str:
-        return f"{self.penalty!r}, alpha={self.alpha.detach().tolist()}, dim={self.dim}"
