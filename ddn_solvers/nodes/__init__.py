@@ -1,5 +1,38 @@
 """Declarative nodes with closed-form solutions and derivatives; each names the generic problem that it solves."""
 
 from ddn_solvers.nodes.activations import Softmax, Sparsemax, softmax, sparsemax
+from ddn_solvers.nodes.polyhedra import (
+    AffineProjection,
+    BoxProjection,
+    HalfspaceProjection,
+    project_affine,
+    project_box,
+    project_halfspace,
+)
+from ddn_solvers.nodes.projections import (
+    BallProjection,
+    SimplexProjection,
+    SphereProjection,
+    project_ball,
+    project_simplex,
+    project_sphere,
+)
 
-__all__ = ["Softmax", "Sparsemax", "softmax", "sparsemax"]
+__all__ = [
+    "AffineProjection",
+    "BallProjection",
+    "BoxProjection",
+    "HalfspaceProjection",
+    "SimplexProjection",
+    "Softmax",
+    "Sparsemax",
+    "SphereProjection",
+    "project_affine",
+    "project_ball",
+    "project_box",
+    "project_halfspace",
+    "project_simplex",
+    "project_sphere",
+    "softmax",
+    "sparsemax",
+]
