@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ddn_solvers.errors import ProblemError
 from ddn_solvers.transforms import (
     is_transformed,
     one_by_one,
@@ -100,6 +101,17 @@ class _Node(torch.autograd.Function):
             for x, dim in zip(inputs, in_dims[1:], strict=True)
         )
         return _Node.apply(rule, *moved), 0  # type: ignore[no-untyped-call]  # torch leaves it untyped
+
+
+def working_dtype(x: torch.Tensor) -> torch.dtype:
+    """The type that a node computes in: float32 for half precision, else that of x.
+
+    Raises:
+        ProblemError: ``x`` is not real floating point.
+    """
+    if not x.is_floating_point():
+        raise ProblemError(f"x is {x.dtype}", expected="a real floating-point tensor", fix="Convert it.")
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 @uncompiled

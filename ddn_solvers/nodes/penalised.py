@@ -22,13 +22,6 @@ def penalty_named(name: str) -> Penalty:
     return PENALTIES[name]
 
 
-def working_dtype(x: torch.Tensor) -> torch.dtype:
-    """float32 for half precision, else that of x."""
-    if not x.is_floating_point():
-        raise ProblemError(f"x is {x.dtype}, a real floating-point tensor was expected: convert it")
-    return x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
-
-
 def broadcast(values: torch.Tensor, shape: torch.Size, name: str, against: str) -> torch.Tensor:
     """Values expanded to a shape.
 

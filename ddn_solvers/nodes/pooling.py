@@ -18,16 +18,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ddn_solvers.errors import DegeneracyWarning, ProblemError, warn_caller
-from ddn_solvers.nodes.closed_form import Rule, Tensors, apply
+from ddn_solvers.nodes.closed_form import Rule, Tensors, apply, working_dtype
 from ddn_solvers.nodes.location import location
-from ddn_solvers.nodes.penalised import (
-    Penalised,
-    check_values,
-    penalty_named,
-    scale_of,
-    weights_of,
-    working_dtype,
-)
+from ddn_solvers.nodes.penalised import Penalised, check_values, penalty_named, scale_of, weights_of
 from ddn_solvers.nodes.penalties import PENALTIES, Penalty
 from ddn_solvers.problem import Problem
 from ddn_solvers.transforms import is_transformed

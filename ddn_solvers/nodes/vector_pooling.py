@@ -19,15 +19,8 @@ from collections.abc import Sequence
 import torch
 
 from ddn_solvers.errors import ProblemError
-from ddn_solvers.nodes.closed_form import Rule, Tensors, apply
-from ddn_solvers.nodes.penalised import (
-    Penalised,
-    check_values,
-    penalty_named,
-    scale_of,
-    weights_of,
-    working_dtype,
-)
+from ddn_solvers.nodes.closed_form import Rule, Tensors, apply, working_dtype
+from ddn_solvers.nodes.penalised import Penalised, check_values, penalty_named, scale_of, weights_of
 from ddn_solvers.nodes.penalties import PENALTIES, Penalty
 from ddn_solvers.problem import Problem
 
