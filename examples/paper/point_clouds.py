@@ -248,10 +248,10 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         for axes, (score, title) in zip(
             figure.subplots(1, 2), {"top1": "top-1 accuracy %", "map": "mAP x 100"}.items(), strict=True
         ):
-            for index, (name, rates) in enumerate(by_pool(rows, score).items()):
+            for name, rates in by_pool(rows, score).items():
                 x = 100 * np.array(list(rates))
                 mean, deviation = (np.array([f(v) for v in rates.values()]) for f in (np.mean, np.std))
-                colour = "black" if POOLS[name] is None else f"C{index - 1}"
+                colour = "black" if POOLS[name] is None else f"C{list(POOLS).index(name) - 1}"
                 axes.plot(x, mean, "o-", color=colour, label=name, markersize=3, linewidth=1.4)
                 axes.fill_between(
                     x, mean - deviation, mean + deviation, color=colour, alpha=0.15, linewidth=0
