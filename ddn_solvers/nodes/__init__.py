@@ -18,19 +18,31 @@ from ddn_solvers.nodes.projections import (
     project_simplex,
     project_sphere,
 )
+from ddn_solvers.nodes.regression import (
+    LeastSquares,
+    SphereLeastSquares,
+    least_squares,
+    sphere_least_squares,
+)
+from ddn_solvers.nodes.transport import EntropicTransport, entropic_transport
 from ddn_solvers.nodes.vector_pooling import RobustVectorPool, robust_vector_pool
 
 __all__ = [
     "AffineProjection",
     "BallProjection",
     "BoxProjection",
+    "EntropicTransport",
     "HalfspaceProjection",
+    "LeastSquares",
     "RobustPool",
     "RobustVectorPool",
     "SimplexProjection",
     "Softmax",
     "Sparsemax",
+    "SphereLeastSquares",
     "SphereProjection",
+    "entropic_transport",
+    "least_squares",
     "project_affine",
     "project_ball",
     "project_box",
@@ -41,4 +53,5 @@ __all__ = [
     "robust_vector_pool",
     "softmax",
     "sparsemax",
+    "sphere_least_squares",
 ]

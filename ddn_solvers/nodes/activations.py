@@ -11,47 +11,49 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ddn_solvers.errors import ProblemError
-from ddn_solvers.nodes.closed_form import working_dtype
-from ddn_solvers.nodes.projections import project_simplex
+from ddn_solvers.nodes.closed_form import positive, working_dtype
+from ddn_solvers.nodes.projections import keep, project_simplex
 from ddn_solvers.problem import Problem
 
 
-def _checked(x: torch.Tensor, temperature: float) -> None:
+def _scaled(x: torch.Tensor, temperature: float | torch.Tensor, dim: int) -> torch.Tensor:
     working_dtype(x)
-    if not 0 < temperature < float("inf"):
-        raise ProblemError(f"temperature is {temperature}, a positive finite number was expected")
+    tau = positive("temperature", temperature)
+    return x / (tau.to(x).unsqueeze(dim) if isinstance(tau, torch.Tensor) and tau.ndim else tau)
 
 
-def softmax(x: torch.Tensor, temperature: float = 1.0, dim: int = -1) -> torch.Tensor:
+def softmax(x: torch.Tensor, temperature: float | torch.Tensor = 1.0, dim: int = -1) -> torch.Tensor:
     """The entropy-regularised maximum, ``torch.softmax(x / temperature, dim)``, differentiable to any order.
+
+    A temperature of more than no dimensions is that of each instance, of the shape of x without ``dim``.
 
     Raises:
         ProblemError: ``x`` is not real floating point, or ``temperature`` not positive.
     """
-    _checked(x, temperature)
-    return torch.softmax(x / temperature, dim)
+    return torch.softmax(_scaled(x, temperature, dim), dim)
 
 
-def sparsemax(x: torch.Tensor, temperature: float = 1.0, dim: int = -1) -> torch.Tensor:
+def sparsemax(x: torch.Tensor, temperature: float | torch.Tensor = 1.0, dim: int = -1) -> torch.Tensor:
     """The Euclidean projection of ``x / temperature`` on the probability simplex over ``dim``.
 
     Exact. Where an entry is exactly at the threshold the derivative is one-sided, and the entry is
-    kept at zero. Differentiable to any order, on any device, under ``torch.func``.
+    kept at zero. Differentiable to any order, on any device, under ``torch.func``. ``temperature`` as in ``softmax``.
 
     Raises:
         ProblemError: ``x`` is not real floating point, has no entries along ``dim``, or ``temperature`` is not positive.
     """
-    _checked(x, temperature)
-    return project_simplex(x / temperature, dim=dim)
+    return project_simplex(_scaled(x, temperature, dim), dim=dim)
 
 
 class Softmax(nn.Module):
-    """``softmax`` as a module."""
+    """``softmax`` as a module; an ``nn.Parameter`` as temperature is learnt."""
 
-    def __init__(self, temperature: float = 1.0, dim: int = -1) -> None:
+    temperature: float | torch.Tensor
+
+    def __init__(self, temperature: float | torch.Tensor = 1.0, dim: int = -1) -> None:
         super().__init__()
-        self.temperature, self.dim = temperature, dim
+        self.dim = dim
+        keep(self, temperature=temperature)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return softmax(x, self.temperature, self.dim)
@@ -68,11 +70,14 @@ class Softmax(nn.Module):
 
 
 class Sparsemax(nn.Module):
-    """``sparsemax`` as a module."""
+    """``sparsemax`` as a module; an ``nn.Parameter`` as temperature is learnt."""
 
-    def __init__(self, temperature: float = 1.0, dim: int = -1) -> None:
+    temperature: float | torch.Tensor
+
+    def __init__(self, temperature: float | torch.Tensor = 1.0, dim: int = -1) -> None:
         super().__init__()
-        self.temperature, self.dim = temperature, dim
+        self.dim = dim
+        keep(self, temperature=temperature)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return sparsemax(x, self.temperature, self.dim)

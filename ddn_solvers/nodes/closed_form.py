@@ -8,6 +8,7 @@ an output of this same operation: differentiating the backward runs through it a
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -55,7 +56,7 @@ class Rule(ABC):
 class _Node(torch.autograd.Function):
     @staticmethod
     def forward(rule: Rule, *inputs: torch.Tensor) -> torch.Tensor:
-        return rule.solve(*inputs)
+        return rule.solve(*inputs).contiguous()  # forward mode asks for tangents of the same layout
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -87,7 +88,7 @@ class _Node(torch.autograd.Function):
 
         def change(*directions: torch.Tensor) -> list[torch.Tensor]:
             known = dict(zip(given, directions, strict=True))
-            return [ctx.rule.jvp(inputs, y, [known.get(i) for i in range(len(inputs))])]
+            return [ctx.rule.jvp(inputs, y, [known.get(i) for i in range(len(inputs))]).contiguous()]
 
         return one_by_one(change, list(given.values()))[0]
 
@@ -101,6 +102,41 @@ class _Node(torch.autograd.Function):
             for x, dim in zip(inputs, in_dims[1:], strict=True)
         )
         return _Node.apply(rule, *moved), 0  # type: ignore[no-untyped-call]  # torch leaves it untyped
+
+
+class _Positive(Rule):
+    """The identity on positive finite values: what the values tell is checked where they are plain."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def solve(self, *inputs: torch.Tensor) -> torch.Tensor:
+        (value,) = inputs
+        if not ((value > 0) & (value < math.inf)).all():
+            raise ProblemError(self.name, expected="positive finite entries", got=value)
+        return value.clone()
+
+    def vjp(
+        self, inputs: Tensors, y: torch.Tensor, cotangent: torch.Tensor, needed: Sequence[bool]
+    ) -> tuple[torch.Tensor | None, ...]:
+        return (cotangent,)
+
+    def jvp(self, inputs: Tensors, y: torch.Tensor, tangents: Sequence[torch.Tensor | None]) -> torch.Tensor:
+        (tangent,) = tangents
+        return torch.zeros_like(y) if tangent is None else tangent
+
+
+def positive(name: str, value: float | torch.Tensor) -> float | torch.Tensor:
+    """The value itself, a number or a tensor.
+
+    Raises:
+        ProblemError: It is not positive and finite.
+    """
+    if isinstance(value, torch.Tensor):
+        return apply(_Positive(name), value)
+    if not 0 < value < math.inf:
+        raise ProblemError(name, expected="a positive finite number", got=value)
+    return value
 
 
 def working_dtype(x: torch.Tensor) -> torch.dtype:
@@ -118,3 +154,8 @@ def working_dtype(x: torch.Tensor) -> torch.dtype:
 def apply(rule: Rule, *inputs: torch.Tensor) -> torch.Tensor:
     """The solution, differentiable in every input, under ``torch.func`` too."""
     return _Node.apply(rule, *inputs)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+
+
+def times(A: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """A x of matrices (..., m, n) and vectors (..., n), batches broadcast; one product where A is the same for all."""
+    return (x.unsqueeze(-2) @ A.mT).squeeze(-2)
