@@ -37,6 +37,24 @@ def iterations_needed(*arguments: torch.Tensor, epsilon: float) -> int:
     raise SystemExit(f"Sinkhorn does not get there within {count} iterations at epsilon {epsilon}")
 
 
+def measured(inputs: tuple[torch.Tensor, ...], v: torch.Tensor, epsilon: float) -> list[str]:
+    """A line of the table."""
+    with torch.no_grad():
+        count = iterations_needed(*inputs, epsilon=epsilon)
+
+    def backward(plan: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad((plan * v).sum(), inputs, retain_graph=True)
+
+    ours, theirs = entropic_transport(*inputs, epsilon), unrolled(*inputs, epsilon, count)
+    forward = median_ms(lambda: entropic_transport(*inputs, epsilon), 7)
+    forward_theirs = median_ms(lambda: unrolled(*inputs, epsilon, count), 3)
+    ms, ms_theirs = median_ms(lambda: backward(ours), 7), median_ms(lambda: backward(theirs), 3)
+    pairs = zip(map(centred, backward(ours)), map(centred, backward(theirs)), strict=True)
+    error = max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
+    times = (f"{value:.0f}" for value in (forward, forward_theirs, ms, ms_theirs, ms_theirs / ms))
+    return [f"{epsilon}", str(count), *times, f"{error:.0e}"]
+
+
 def main() -> None:
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
@@ -64,31 +82,7 @@ def main() -> None:
     ):
         table.add_column(column, justify="right")
     for epsilon in (0.5, 0.1, 0.05):
-        with torch.no_grad():
-            count = iterations_needed(*inputs, epsilon=epsilon)
-        ours = entropic_transport(*inputs, epsilon)
-        theirs = unrolled(*inputs, epsilon, count)
-        forward = median_ms(lambda: entropic_transport(*inputs, epsilon), 7)
-        forward_theirs = median_ms(lambda: unrolled(*inputs, epsilon, count), 3)
-
-        def backward(plan: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            return torch.autograd.grad((plan * v).sum(), inputs, retain_graph=True)
-
-        ms, ms_theirs = median_ms(lambda: backward(ours), 7), median_ms(lambda: backward(theirs), 3)
-        error = max(
-            float((a - b).abs().max() / b.abs().max())
-            for a, b in zip(map(centred, backward(ours)), map(centred, backward(theirs)))
-        )
-        table.add_row(
-            f"{epsilon}",
-            str(count),
-            f"{forward:.0f}",
-            f"{forward_theirs:.0f}",
-            f"{ms:.0f}",
-            f"{ms_theirs:.0f}",
-            f"{ms_theirs / ms:.0f}",
-            f"{error:.0e}",
-        )
+        table.add_row(*measured(inputs, v, epsilon))
     Console(width=120).print(table)
 
 
