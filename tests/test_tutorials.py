@@ -162,3 +162,19 @@ def test_attention(solver: str) -> None:
     close(result.found, result.expected, 1e-9)
     for found, expected in zip(result.gradients, result.expected_gradients, strict=True):
         close(found, expected, 1e-9)
+
+
+def test_ground_metric() -> None:
+    tutorial = example("tutorials/ground_metric")
+    found = tutorial.main()
+    close(found.theta, tutorial.TRUTH, 1e-9)
+    theta = torch.zeros(2, dtype=D, requires_grad=True)
+
+    def loss(theta: torch.Tensor) -> torch.Tensor:
+        return (tutorial.plan(theta, found.source, found.target) - found.plans[0]).square().sum()
+
+    (gradient,) = torch.autograd.grad(loss(theta), theta)
+    with torch.no_grad():
+        steps = 1e-4 * torch.eye(2, dtype=D)
+        differences = [(8 * (loss(s) - loss(-s)) - (loss(2 * s) - loss(-2 * s))) / 12e-4 for s in steps]
+    close(gradient, torch.stack(differences), 1e-9)
