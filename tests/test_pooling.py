@@ -319,3 +319,10 @@ def test_on_cuda(name):
     assert y.is_cuda
     close(y.cpu(), robust_pool(x, name), 1e-10)
     assert torch.autograd.grad(y.sum(), leaf)[0].is_cuda
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_an_empty_batch_has_an_empty_gradient(penalty):
+    x, weights = torch.rand(0, 4, 3, requires_grad=True), torch.rand(0, 4, 3, requires_grad=True)
+    robust_pool(x, penalty, weights=weights).sum().backward()
+    assert x.grad.shape == weights.grad.shape == (0, 4, 3)

@@ -79,7 +79,7 @@ class _Pool(Rule):
                 if whole is not None and part is not None:
                     whole[some] = part
         return tuple(
-            None if g is None else g.reshape(*batch, -1).sum_to_size(i.shape)
+            None if g is None else g.reshape(*batch, g.shape[-1]).sum_to_size(i.shape)
             for g, i in zip(found, inputs, strict=True)
         )
 

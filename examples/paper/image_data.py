@@ -29,9 +29,7 @@ def _standardised(train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, 
     axes = (0, 2, 3)
     mean, deviation = train[0].mean(axes, keepdims=True), train[0].std(axes, keepdims=True)
     sets = [
-        TensorDataset(
-            torch.from_numpy(((x - mean) / deviation).astype(np.float32)), torch.from_numpy(y).long()
-        )
+        TensorDataset(torch.from_numpy(((x - mean) / deviation).astype(np.float32)), torch.tensor(y).long())
         for x, y in (train, test)
     ]
     return Images(*sets, channels=train[0].shape[1], classes=int(train[1].max()) + 1)

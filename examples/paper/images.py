@@ -7,7 +7,7 @@ trained without projection (Gould, Hartley and Campbell 2019, section 7.2); here
 "batch norm" is a control that the paper does not have: the same network with the batch norm and no projection.
 
     python examples/paper/images.py                     Fashion-MNIST, three seeds
-    python examples/paper/images.py --quick             scikit-learn's digits, under a minute
+    python examples/paper/images.py --quick             scikit-learn's digits, about a minute
     python examples/paper/images.py --dataset cifar10 --data cifar-10-batches-py --train-size 50000 --epochs 60
 
 A line a network goes to images.csv in --out as soon as it is trained; the figure images.png follows at the end.
@@ -288,12 +288,10 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--widths", type=int, nargs="+", default=[16, 32, 64, 128], help="channels of each stage")
     add("--stem", type=int, default=2, help="stride of the first convolution; 4 for ImageNet's sizes")
     add("--blocks", type=int, default=1, help="residual blocks of a stage")
-    add("--quick", action="store_true", help="scikit-learn's digits, two seeds, four epochs")
-    args = parser.parse_args(arguments)
-    if args.quick:
-        args.dataset, args.seeds, args.epochs = "digits", 2, 4
-        args.widths, args.stem, args.batch_size = [8, 16, 32], 1, 64
-    return args
+    add("--quick", action="store_true", help="scikit-learn's digits, one seed, four epochs")
+    if parser.parse_args(arguments).quick:
+        parser.set_defaults(dataset="digits", seeds=1, epochs=4, widths=[8, 16, 32], stem=1, batch_size=64)
+    return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:

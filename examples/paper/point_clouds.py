@@ -157,7 +157,9 @@ def train(
     model.train()
     for _ in range(training.epochs):
         order = torch.randperm(len(clouds), generator=generator)
-        for batch in order[: len(order) // training.batch * training.batch].split(training.batch):
+        for batch in order.split(training.batch):
+            if len(batch) == 1:
+                continue  # batch norm needs two
             optimizer.zero_grad()
             points = sampled(clouds[batch], training.points, generator)
             output = model(with_outliers(points, outliers, generator))
@@ -281,11 +283,9 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--batch", type=int, default=24)
     add("--sgd", action="store_true", help="the paper's SGD with momentum 0.9 in place of Adam; --rate 0.01")
     add("--quick", action="store_true", help="a quarter of the data, few points and epochs: a minute")
-    args = parser.parse_args(arguments)
-    if args.quick:
-        args.seeds, args.points, args.width, args.epochs = [0], 64, 0.25, 3
-        args.rates = args.rates or [0.0, 0.2, 0.5]
-    return args
+    if parser.parse_args(arguments).quick:
+        parser.set_defaults(seeds=[0], points=64, width=0.25, epochs=3, rates=[0.0, 0.2, 0.5])
+    return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
