@@ -19,26 +19,14 @@ import numpy as np
 import ridge_penalties
 from matplotlib.axes import Axes
 from ridge_penalties import Result
+from style import BLUE, DARK, GREEN, GREY, LIGHT, ORANGE, STYLE
 
 matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 
-BLUE, ORANGE, GREEN, GREY = "#2f6db3", "#d9782d", "#3a9a6b", "#8a8f98"
-MARKS = (("o", 130, BLUE), ("s", 70, ORANGE), ("^", 34, GREEN), ("x", 14, "#222222"))
+MARKS = (("o", 130, BLUE), ("s", 70, ORANGE), ("^", 34, GREEN), ("x", 14, DARK))
 SHOWN = 16  # features named in the picture
-STYLE = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.labelcolor": "#333333",
-    "axes.edgecolor": "#888888",
-    "font.size": 9,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-}
 
 
 def draw_learning(axes: Axes, result: Result) -> None:
@@ -68,7 +56,7 @@ def draw_coefficients(axes: Axes, result: Result) -> None:
     ridge, learnt = result.ridge_coefficients.mean(0), result.coefficients.mean(0)
     order = np.argsort(-np.maximum(ridge, learnt))[:SHOWN]
     rows = np.arange(len(order))[::-1]
-    axes.hlines(rows, ridge[order], learnt[order], color="#d5d8dd", lw=3, zorder=1)
+    axes.hlines(rows, ridge[order], learnt[order], color=LIGHT, lw=3, zorder=1)
     axes.scatter(ridge[order], rows, color=GREY, s=26, label="RidgeCV", zorder=2)
     ratio = np.log10(result.penalties / result.ridge_penalty[:, None]).mean(0)[order]
     limit = float(np.abs(ratio).max())
@@ -99,7 +87,7 @@ def draw_gradients(axes: Axes, rows: Sequence[backends.Row]) -> None:
     """Every component of every backend's gradient against central differences of its own re-solves."""
     values = np.concatenate([row.differences.numpy() for row in rows])
     low, high = values.min() - 0.08 * np.ptp(values), values.max() + 0.08 * np.ptp(values)
-    axes.plot([low, high], [low, high], color="#d5d8dd", lw=1.2, zorder=1)
+    axes.plot([low, high], [low, high], color=LIGHT, lw=1.2, zorder=1)
     for row, (marker, size, colour) in zip(rows, MARKS, strict=False):
         name = row.solver if row.solver == row.found_by else f"{row.solver} = {row.found_by}"
         colours = {"color": colour} if marker == "x" else {"facecolor": "none", "edgecolor": colour}

@@ -1,0 +1,120 @@
+"""Robust pooling: penalties, objectives with their minima, and who gets the gradient.
+
+y = argmin_u  sum_i phi(u - x_i; alpha)
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from style import BLUE, DARK, LIGHT, ORANGE
+
+import ddn_solvers as ddn
+from ddn_solvers.nodes import RobustPool, robust_pool
+
+D = torch.float64
+PENALTIES = ("quadratic", "pseudo-huber", "huber", "welsch", "truncated")
+TWO = torch.tensor([-2.0, 2.0], dtype=D)  # the paper's example; alpha = 1 throughout
+OUTLIERS = torch.tensor([-0.9, -0.5, -0.2, 0.0, 0.1, 0.35, 0.6, 0.95, 5.0, 5.6], dtype=D)
+
+
+@dataclass
+class Pool:
+    """A pool of points and what the library finds in it."""
+
+    penalty: str
+    x: torch.Tensor  # (n,)
+    grid: torch.Tensor  # values of u: (k,)
+    objective: torch.Tensor  # at these: (k,)
+    minimum: torch.Tensor  # the global one, by the node
+    minima: torch.Tensor  # strict local ones, by the generic problem from many starts: (m,)
+    heights: torch.Tensor  # the objective at these: (m,)
+    slopes: torch.Tensor  # dy/dx_i: (n,)
+
+
+def pool(penalty: str, x: torch.Tensor, low: float, high: float) -> Pool:
+    """The objective over [low, high], its minima, and the derivative of the global one."""
+    problem = RobustPool(penalty).problem(len(x))
+    values = {"x": x, "alpha": torch.ones((), dtype=D), "weights": torch.ones(len(x), dtype=D)}
+    grid, starts = torch.linspace(low, high, 601, dtype=D), torch.linspace(low, high, 24, dtype=D)
+    objective: Any = problem.objective
+    many = values | {"x": x.expand(len(starts), -1)}
+    # IPOPT goes round in circles where Huber's objective is flat; what it has found by then is verified all the same.
+    found = ddn.solve(problem, many, initial=starts, options={"max_iter": 100})
+    strict = found.certificate.sosc  # a plateau is a minimum as well, but not a strict one
+    minima = torch.unique((found["u"][strict].detach() * 1e9).round()) / 1e9
+    points = x.clone().requires_grad_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ddn.DegeneracyWarning)  # Huber's two points: an interval is best
+        minimum = robust_pool(points, penalty)
+        (slopes,) = torch.autograd.grad(minimum, points)
+    return Pool(
+        penalty,
+        x,
+        grid,
+        torch.stack([objective(u=u, **values) for u in grid]),
+        minimum.detach(),
+        minima,
+        torch.stack([objective(u=u, **values) for u in minima]),
+        slopes,
+    )
+
+
+def draw_penalties(figure: Figure) -> dict[str, tuple[Pool, Pool, Pool]]:
+    """Penalties, objectives of the paper's two points and of ten points with two outliers, derivatives."""
+    panels = figure.subplots(4, 5, height_ratios=(1, 1, 1, 0.6))
+    pools = {}
+    for column, penalty in zip(panels.T, PENALTIES, strict=True):
+        one = pool(penalty, torch.zeros(1, dtype=D), -4, 4)
+        two, ten = pool(penalty, TWO, -4.5, 4.5), pool(penalty, OUTLIERS, -2.5, 7)
+        pools[penalty] = one, two, ten
+        column[0].plot(one.grid, one.objective, color=BLUE, lw=1.8)
+        column[0].set_title(penalty.title())
+        for axes, shown in zip(column[1:3], (two, ten), strict=True):
+            _draw_objective(axes, shown)
+        column[3].vlines(ten.x, 0, ten.slopes, color=BLUE, lw=1.8)
+        column[3].plot(ten.x, ten.slopes, "o", ms=3.5, color=BLUE)
+        column[3].axhline(0, color=LIGHT, lw=1, zorder=0)
+        column[3].set(xlim=column[2].get_xlim(), ylim=(-0.02, 0.23))
+        for axes, symbol in zip(column, ("z", "u", "u", "x_i"), strict=True):
+            axes.set_xlabel(rf"${symbol}/\alpha$", labelpad=1)
+    rows = (r"$\phi(z; \alpha)$", r"$f$,  $x = (-2\alpha, 2\alpha)$", "$f$,  two outliers", "$dy/dx_i$")
+    for axes, row in zip(panels[:, 0], rows, strict=True):
+        axes.set_ylabel(row)
+    figure.align_ylabels(panels[:, 0])
+    _legend_of_pools(figure)
+    return pools
+
+
+def _draw_objective(axes: Axes, pool: Pool) -> None:
+    axes.plot(pool.grid, pool.objective, color=BLUE, lw=1.8)
+    lowest = float(pool.heights.min())
+    flat = pool.objective < lowest + 1e-9
+    if int(flat.sum()) > 1:
+        axes.plot(pool.grid[flat], pool.objective[flat], color=ORANGE, lw=4, solid_capstyle="round")
+    for u, height in zip(pool.minima.tolist(), pool.heights.tolist(), strict=True):
+        best = height < lowest + 1e-9
+        mark = {"color": ORANGE, "ms": 6, "zorder": 4} if best else {"color": "white", "ms": 4.5, "zorder": 3}
+        axes.plot(u, height, "o", mec=ORANGE, mew=1.3, **mark)
+    ticks = {"color": DARK, "transform": axes.get_xaxis_transform(), "clip_on": False}
+    axes.plot(pool.x, torch.zeros(len(pool.x)), "|", ms=11, mew=1.3, **ticks)
+    axes.set_ylim(top=1.12 * float(pool.objective.max()) - 0.12 * lowest)
+
+
+def _legend_of_pools(figure: Figure) -> None:
+    marks: list[tuple[str, dict[str, Any]]] = [
+        ("global minimum (a bar where it is an interval)", {"marker": "o", "ms": 6, "color": ORANGE}),
+        (
+            "local minimum",
+            {"marker": "o", "ms": 4.5, "color": "white", "markeredgecolor": ORANGE, "markeredgewidth": 1.3},
+        ),
+        ("points $x_i$", {"marker": "|", "ms": 10, "markeredgewidth": 1.3, "color": DARK}),
+    ]
+    handles = [Line2D([], [], ls="", label=label, **mark) for label, mark in marks]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
