@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ddn_solvers.nodes.closed_form import positive, working_dtype
-from ddn_solvers.nodes.projections import keep, project_simplex
+from ddn_solvers.nodes.closed_form import keep, positive, working_dtype
+from ddn_solvers.nodes.projections import project_simplex
 from ddn_solvers.problem import Problem
 
 

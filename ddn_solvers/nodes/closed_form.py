@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from ddn_solvers.errors import ProblemError
 from ddn_solvers.transforms import (
@@ -104,17 +105,17 @@ class _Node(torch.autograd.Function):
         return _Node.apply(rule, *moved), 0  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
 
-class _Positive(Rule):
-    """The identity on positive finite values: what the values tell is checked where they are plain."""
+class _Required(Rule):
+    """The identity, on a condition that has to hold: checked where its values are plain."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, error: ProblemError) -> None:
+        self.error = error
 
     def solve(self, *inputs: torch.Tensor) -> torch.Tensor:
-        (value,) = inputs
-        if not ((value > 0) & (value < math.inf)).all():
-            raise ProblemError(self.name, expected="positive finite entries", got=value)
-        return value.clone()
+        (condition,) = inputs
+        if not condition.all():
+            raise self.error
+        return condition.clone()
 
     def vjp(
         self, inputs: Tensors, y: torch.Tensor, cotangent: torch.Tensor, needed: Sequence[bool]
@@ -122,8 +123,12 @@ class _Positive(Rule):
         return (cotangent,)
 
     def jvp(self, inputs: Tensors, y: torch.Tensor, tangents: Sequence[torch.Tensor | None]) -> torch.Tensor:
-        (tangent,) = tangents
-        return torch.zeros_like(y) if tangent is None else tangent
+        return torch.zeros_like(y)
+
+
+def require(condition: torch.Tensor, error: ProblemError) -> None:
+    """Raise where a condition on values does not hold everywhere, under ``torch.func`` too."""
+    apply(_Required(error), condition)
 
 
 def positive(name: str, value: float | torch.Tensor) -> float | torch.Tensor:
@@ -133,8 +138,8 @@ def positive(name: str, value: float | torch.Tensor) -> float | torch.Tensor:
         ProblemError: It is not positive and finite.
     """
     if isinstance(value, torch.Tensor):
-        return apply(_Positive(name), value)
-    if not 0 < value < math.inf:
+        require((value > 0) & (value < math.inf), ProblemError(name, expected="positive finite entries"))
+    elif not 0 < value < math.inf:
         raise ProblemError(name, expected="a positive finite number", got=value)
     return value
 
@@ -159,3 +164,12 @@ def apply(rule: Rule, *inputs: torch.Tensor) -> torch.Tensor:
 def times(A: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """A x of matrices (..., m, n) and vectors (..., n), batches broadcast; one product where A is the same for all."""
     return (x.unsqueeze(-2) @ A.mT).squeeze(-2)
+
+
+def keep(module: nn.Module, **settings: float | torch.Tensor | None) -> None:
+    """Set attributes of a module, plain tensors as buffers."""
+    for name, value in settings.items():
+        if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
+            module.register_buffer(name, value)
+        else:
+            setattr(module, name, value)

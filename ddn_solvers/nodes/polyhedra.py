@@ -15,17 +15,11 @@ import torch
 from torch import nn
 
 from ddn_solvers.errors import ProblemError
-from ddn_solvers.nodes.closed_form import working_dtype
-from ddn_solvers.nodes.projections import keep, squared_distance
+from ddn_solvers.nodes.closed_form import keep, require, times, working_dtype
+from ddn_solvers.nodes.projections import squared_distance
 from ddn_solvers.problem import Problem
 
 Bound = float | torch.Tensor
-
-
-def _require(condition: torch.Tensor, what: str, expected: str) -> None:
-    """Refuse values that break a condition; under ``torch.func`` they cannot be looked at."""
-    if not torch._C._are_functorch_transforms_active() and not condition.all():
-        raise ProblemError(what, expected=expected)
 
 
 def _like(value: Bound, x: torch.Tensor) -> torch.Tensor:
@@ -47,7 +41,7 @@ def project_box(x: torch.Tensor, lower: Bound, upper: Bound) -> torch.Tensor:
     """
     working_dtype(x)
     low, high = _like(lower, x), _like(upper, x)
-    _require(low <= high, "a lower bound exceeds its upper bound", "lower <= upper")
+    require(low <= high, ProblemError("a lower bound exceeds its upper bound", expected="lower <= upper"))
     return torch.where(x <= low, low, torch.where(x >= high, high, x))
 
 
@@ -69,7 +63,7 @@ def project_halfspace(x: torch.Tensor, normal: torch.Tensor, offset: Bound) -> t
         )
     normal, offset = normal.to(x.dtype), _like(offset, x)
     largest = normal.detach().abs().amax(-1, keepdim=True)
-    _require(largest > 0, "a normal is zero", "a direction; drop a constraint without one")
+    require(largest > 0, ProblemError("a normal is zero", fix="Drop a constraint without a direction."))
     scaled = normal / largest  # the set is that of normal / s and offset / s: no square over- or underflows
     excess = (scaled * x).sum(-1, keepdim=True) - offset.unsqueeze(-1) / largest
     return x - torch.where(excess >= 0, excess, 0) / scaled.square().sum(-1, keepdim=True) * scaled
@@ -95,15 +89,14 @@ def project_affine(x: torch.Tensor, A: torch.Tensor, b: torch.Tensor) -> torch.T
             "shapes of an affine set", expected="x (..., n), A (..., m, n), b (..., m)", got=got
         )
     A, b = A.to(x.dtype), b.to(x.dtype)
-    y = x - _times(torch.linalg.pinv(A), _times(A, x) - b)
-    size = _times(A.abs(), y.abs()) + b.abs()
+    y = x - times(torch.linalg.pinv(A), times(A, x) - b)
+    size = times(A.abs(), y.abs()) + b.abs()
     allowed = torch.finfo(x.dtype).eps ** 0.5 * size.amax(-1, keepdim=True) if A.shape[-2] else size
-    _require((_times(A, y) - b).abs() <= allowed, "A u = b has no solution", "a b in the range of A")
+    require(
+        (times(A, y) - b).abs() <= allowed,
+        ProblemError("A u = b has no solution", expected="b in the range of A"),
+    )
     return y
-
-
-def _times(A: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return (x.unsqueeze(-2) @ A.mT).squeeze(-2)
 
 
 class BoxProjection(nn.Module):

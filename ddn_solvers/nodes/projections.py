@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from ddn_solvers.errors import ProblemError
-from ddn_solvers.nodes.closed_form import Rule, Tensors, apply, working_dtype
+from ddn_solvers.nodes.closed_form import Rule, Tensors, apply, keep, positive, working_dtype
 from ddn_solvers.problem import Problem
 
 Nonsmooth = Literal["manifold", "clarke"]
@@ -36,10 +36,7 @@ class _Projection(Rule):
     """dy = S dz + g dr with S symmetric; z of shape (..., n), r of shape (..., 1)."""
 
     def solve(self, *inputs: torch.Tensor) -> torch.Tensor:
-        z, r = inputs
-        if not ((r > 0) & (r < math.inf)).all():
-            raise ProblemError("radius", expected="positive finite entries", got=r.detach())
-        return self.point(z, r)
+        return self.point(*inputs)
 
     @abstractmethod
     def point(self, z: torch.Tensor, r: torch.Tensor) -> torch.Tensor: ...
@@ -100,7 +97,8 @@ class _L2(_Projection):
         u, norm = _unit(z)
         outside = self._outside(norm, r)
         # At the centre of a sphere every point is nearest and the derivative unbounded: the answer stays where it is.
-        shrinking = torch.where(norm > 0, r / norm.clamp(min=torch.finfo(z.dtype).tiny), 0)
+        limits = torch.finfo(z.dtype)
+        shrinking = torch.where(norm > 0, (r / norm.clamp(min=limits.tiny)).clamp(max=limits.max), 0)
         factor = torch.where(outside, shrinking, 1)
         normal = outside * u
         return lambda v: factor * (v - normal * _dot(normal, v)), normal
@@ -232,14 +230,18 @@ def _project(
     dim = (
         dim - x.ndim if dim >= 0 else dim
     )  # counted from the end: a radius may bring batch dimensions of its own
-    if not isinstance(radius, torch.Tensor) and not 0 < radius < math.inf:
-        raise ProblemError("radius", expected="a positive finite number", got=radius)
+    positive("radius", radius)
     if isinstance(center, torch.Tensor):
         center = center.to(work)
     z = x.to(work) if center is None else x.to(work) - center
     z = z.movedim(dim, -1)
     r = radius.to(work) if isinstance(radius, torch.Tensor) else z.new_full((), radius)
-    batch = torch.broadcast_shapes(z.shape[:-1], r.shape)
+    try:
+        batch = torch.broadcast_shapes(z.shape[:-1], r.shape)
+    except RuntimeError:
+        raise ProblemError(
+            "radius", expected=f"a shape that broadcasts against {tuple(z.shape[:-1])}", got=tuple(r.shape)
+        ) from None
     y = apply(rule, z.expand(*batch, -1), r.expand(batch).unsqueeze(-1)).movedim(-1, dim)
     return (y if center is None else y + center).to(x.dtype)
 
@@ -338,15 +340,6 @@ class _LpProjection(nn.Module):
         constraint = {"ball" if self.ball else "sphere": beyond}
         equality, inequality = (None, constraint) if self.ball else (constraint, None)
         return Problem({"u": (n,)}, {"x": (n,)}, squared_distance, equality, inequality)
-
-
-def keep(module: nn.Module, **settings: float | torch.Tensor | None) -> None:
-    """Set attributes of a module, plain tensors as buffers."""
-    for name, value in settings.items():
-        if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
-            module.register_buffer(name, value)
-        else:
-            setattr(module, name, value)
 
 
 def squared_distance(u: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -21,8 +21,7 @@ import torch
 from torch import nn
 
 from ddn_solvers.errors import ConvergenceWarning, ProblemError, warn_caller
-from ddn_solvers.nodes.closed_form import Rule, Tensors, apply, positive, times, working_dtype
-from ddn_solvers.nodes.projections import keep
+from ddn_solvers.nodes.closed_form import Rule, Tensors, apply, keep, positive, times, working_dtype
 from ddn_solvers.problem import Problem
 
 _GENTLE = 8.0  # spread of C / eps where Newton's method starts, at h = 0
