@@ -178,3 +178,49 @@ def test_ground_metric() -> None:
         steps = 1e-4 * torch.eye(2, dtype=D)
         differences = [(8 * (loss(s) - loss(-s)) - (loss(2 * s) - loss(-2 * s))) / 12e-4 for s in steps]
     close(gradient, torch.stack(differences), 1e-9)
+
+
+@tutorial("eigenvector", convex=False)
+def test_eigenvector(solver: str) -> None:
+    result = example("tutorials/eigenvector").main(solver)
+    for A, y, gradient in zip(result.A, result.y, result.gradient, strict=True):
+        values, vectors = torch.linalg.eigh(A)
+        top, rest = vectors[:, -1], vectors[:, :-1]
+        close(torch.outer(y, y), torch.outer(top, top), 1e-12)
+        pulled = rest @ ((rest.T @ result.weights) / (values[-1] - values[:-1]))
+        expected = 2 * (result.weights @ top) * torch.outer(pulled, top)
+        close(gradient, 0.5 * (expected + expected.T), 1e-12)
+    close(result.gradient[0], result.eigh_gradient[0], 1e-12)
+    assert result.eigh_gradient[1].isnan().any()
+
+
+@tutorial("pose", convex=False)
+def test_pose(solver: str) -> None:
+    tutorial = example("tutorials/pose")
+    result = tutorial.main(solver)
+    squares, robust = result.misplaced
+    assert robust < 0.02 < 0.3 < squares
+    assert result.focals[-1] == pytest.approx(tutorial.FOCAL, rel=1e-9)
+    names = ("points", "pixels", "focal", "width")
+    focal, width = torch.tensor([tutorial.FOCAL, tutorial.WIDTH], dtype=D)
+    at = (result.scene.points[: tutorial.POINTS], result.pixels[0], focal, width)
+    inputs = tuple(value.clone().requires_grad_() for value in at)
+    layer = tutorial.ddn.DeclarativeLayer(tutorial.problem, solver=solver)
+
+    def pose(*values: torch.Tensor) -> torch.Tensor:
+        return torch.cat(layer(*values, initial={"s": result.s[0], "t": result.t[0]}))
+
+    v = torch.arange(1, 7, dtype=D)
+    gradients = torch.autograd.grad(pose(*inputs) @ v, inputs)
+    generator = torch.Generator().manual_seed(2)
+    for i, name in enumerate(names):
+        direction = torch.randn(at[i].shape, generator=generator, dtype=D)
+        h = 2e-5 * float(at[i].abs().amax())
+
+        def along(step: float, i: int = i, direction: torch.Tensor = direction) -> torch.Tensor:
+            moved = [value + (step * direction if j == i else 0) for j, value in enumerate(at)]
+            return pose(*moved).detach() @ v
+
+        difference = (8 * (along(h) - along(-h)) - (along(2 * h) - along(-2 * h))) / (12 * h)
+        slope = (gradients[i] * direction).sum()
+        torch.testing.assert_close(slope, difference, rtol=1e-7, atol=0, msg=lambda m, name=name: f"{name}: {m}")
