@@ -223,4 +223,6 @@ def test_pose(solver: str) -> None:
 
         difference = (8 * (along(h) - along(-h)) - (along(2 * h) - along(-2 * h))) / (12 * h)
         slope = (gradients[i] * direction).sum()
-        torch.testing.assert_close(slope, difference, rtol=1e-7, atol=0, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            slope, difference, rtol=1e-7, atol=0, msg=lambda m, name=name: f"{name}: {m}"
+        )

@@ -91,7 +91,7 @@ def _check(K: torch.Tensor, r: torch.Tensor, c: torch.Tensor) -> None:
     gap = (r.sum(-1) / c.sum(-1) - 1).abs()
     if (gap > math.sqrt(torch.finfo(K.dtype).eps)).any():
         raise ProblemError(
-            f"source and target differ in their total mass, by a factor of {1 + float(gap.max()):.6g}",
+            f"source and target differ in their total mass, by a share of {float(gap.max()):.1e}",
             expected="equal sums",
             fix="Scale one of them, target * source.sum() / target.sum().",
         )
