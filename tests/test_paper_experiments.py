@@ -47,6 +47,20 @@ def test_outliers_replace_points_and_are_uniform_in_the_ball() -> None:
     assert experiment.with_outliers(clouds, 0.0, generator) is clouds
 
 
+def test_the_files_of_modelnet_are_read(tmp_path: Path) -> None:
+    h5py = pytest.importorskip("h5py")
+    rng = np.random.default_rng(0)
+    clouds, labels = rng.random((7, 16, 3), dtype=np.float32), np.arange(7, dtype=np.uint8)[:, None]
+    for part, name in ((slice(0, 3), "train0"), (slice(3, 5), "train1"), (slice(5, 7), "test0")):
+        with h5py.File(tmp_path / f"ply_data_{name}.h5", "w") as file:
+            file["data"], file["label"] = clouds[part], labels[part]
+    data = example("paper/point_clouds").load(tmp_path)
+    assert np.array_equal(data.train[0].numpy(), clouds[:5])
+    assert data.train[1].tolist() == [0, 1, 2, 3, 4]
+    assert data.test[1].tolist() == [5, 6]
+    assert data.classes == 7
+
+
 def test_outliers_ruin_max_pooling_and_not_truncated_quadratic(shapes: Path, tmp_path: Path) -> None:
     arguments = [
         str(shapes),

@@ -141,6 +141,18 @@ def test_sphere_derivatives_of_every_kind():
     torch.testing.assert_close(mapped, sphere_least_squares(A, b, r))
 
 
+@pytest.mark.parametrize("node", [least_squares, sphere_least_squares])
+def test_float32_is_float64_rounded(node):
+    A, b, v = rand(3, 60, 20), rand(3, 60, seed=1), rand(3, 20, seed=2)
+    found = []
+    for dtype in (torch.float32, D):
+        inputs = [x.to(dtype).requires_grad_() for x in (A, b)]
+        y = node(*inputs)
+        found.append((y, *torch.autograd.grad((y * v.to(dtype)).sum(), inputs)))
+    for single, double in zip(*found, strict=True):
+        torch.testing.assert_close(single.double(), double, rtol=0, atol=1e-5)
+
+
 def test_two_minima_on_the_sphere_are_said_and_differentiated():
     A = torch.diag(torch.tensor([3.0, 2.0, 1.0], dtype=D))
     b = torch.tensor([1.0, 1.0, 0.0], dtype=D).requires_grad_()

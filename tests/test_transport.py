@@ -160,6 +160,19 @@ def test_a_plan_is_the_same_alone_or_in_a_batch_and_under_offsets():
     assert entropic_transport(torch.zeros(0, 4, 3)).shape == (0, 4, 3)
 
 
+def test_float32_is_float64_rounded():
+    C, r, c, v = rand(3, 40, 30), masses(3, 40, seed=1), masses(3, 30, seed=2), rand(3, 40, 30, seed=3)
+    for epsilon in (0.02, 0.5):
+        gradients = []
+        for dtype in (torch.float32, D):
+            inputs = [x.to(dtype).requires_grad_() for x in (C, r, c)]
+            plan = entropic_transport(*inputs, epsilon)
+            gradients.append(torch.autograd.grad((plan * v.to(dtype)).sum(), inputs))
+        for single, double in zip(*gradients, strict=True):
+            size = float(double.abs().max())
+            torch.testing.assert_close(single.double(), double, rtol=0, atol=2e-4 * size)
+
+
 def test_an_unfinished_plan_says_so(monkeypatch):
     monkeypatch.setattr("ddn_solvers.nodes.transport._ITERATIONS", 1)
     with pytest.warns(ddn.ConvergenceWarning, match="1 of 1 plans miss"):
