@@ -117,8 +117,9 @@ def _bent(evaluation: Evaluation, bends: Mask) -> Any:
     sides = [
         _on_pieces(evaluation, np.where(bends, sign, evaluation.point.pieces), bends) for sign in (-1.0, 1.0)
     ]
-    difference = np.abs(sides[0].hessian - sides[1].hessian).max(axis=(1, 2), initial=0.0)
-    return difference * evaluation.size[:, 0] > 1e-9 * evaluation.force[:, 0]
+    w = evaluation.size
+    change = np.abs(sides[0].hessian - sides[1].hessian) * w[:, :, None] * w[:, None, :]
+    return change.max(axis=(1, 2), initial=0.0) > 1e-9 * evaluation.force[:, 0]
 
 
 def kink_sides(evaluation: Evaluation) -> slice:

@@ -225,8 +225,10 @@ def _flat_directions(evaluation: Evaluation, bent: Curvature) -> list[torch.Tens
     if not bent.null.shape[1]:  # too large for a basis, or regular: then there are none
         return [torch.zeros(evaluation.point.z.shape[1], 0, dtype=torch.float64) for _ in bent.null]
     bases = []
-    for null, hessian, unit in zip(bent.null, np.nan_to_num(evaluation.hessian), bent.unit, strict=True):
+    hessians = np.nan_to_num(evaluation.hessian)
+    for null, size, hessian, unit in zip(bent.null, bent.size, hessians, bent.unit, strict=True):
         basis = null[(null != 0).any(axis=1)].T  # (n, n - rank)
-        values, vectors = np.linalg.eigh(basis.T @ hessian @ basis / unit)
-        bases.append(torch.from_numpy(basis @ vectors[:, np.abs(values) < 10 / SINGULAR]))
+        values, vectors = np.linalg.eigh(basis.T @ (size[:, None] * hessian * size) @ basis / unit)
+        flat = basis @ vectors[:, np.abs(values) < 10 / SINGULAR]
+        bases.append(torch.from_numpy(flat if (size == 1).all() else np.linalg.qr(size[:, None] * flat)[0]))
     return bases

@@ -10,8 +10,9 @@ the side that sigma = sign(mu) names. Off the kink, on the piece sigma, it is th
 what would have to push it back is -sigma mu. Stationarity is then the distance to Clarke's subdifferential.
 
 Unscaled maximum norms are what the user sees. Decisions use the scaled ones, which do not change
-when the objective or a constraint row is multiplied by a number: a slack is a distance,
-s_i / (|J_i| max(1, |z|)), and a multiplier is a force, lambda_i |J_i| / (largest force at the point).
+when the objective or a constraint row is multiplied by a number, nor much when a variable is: with w the
+sizes of the variables, a slack is a distance, s_i / |J_i w|, and a multiplier is a force, lambda_i |J_i w| / (largest
+force at the point). Sizes are max(1, |z|), one for all, unless the derivatives say that units differ by far.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from ddn_solvers.arrays import Array
 from ddn_solvers.evaluators import Evaluators, FirstOrder
 from ddn_solvers.lowering.pattern import Matrices
 from ddn_solvers.program import Program
+from ddn_solvers.units import units_of
 
 _TINY = 1e-300
 _NOTHING = 1e-9  # relative size of the forces that meet in a row below which they are not told apart
@@ -115,12 +117,16 @@ class Evaluation:
         What counts is curvature times size squared, which does not depend on the unit of a variable. Without this
         a flat coordinate whose second derivative came out as 1e-17 would be scaled up and taken for a curved one.
         """
-        nonzeros = self.functions.hessian(self.point.z, self.inputs, self.point.y)
-        matrices = Matrices(self.functions.hessian_pattern, nonzeros)
-        size = np.maximum(1.0, np.abs(self.point.z))
+        matrices = self._second
+        size = np.minimum(np.maximum(1.0, np.abs(self.point.z)), self.size)
         rows = matrices.map(np.abs).scaled(size, size).row_sums()
         curved = rows > _FLAT * _largest(rows)[:, None]
         return matrices if curved.all() else matrices.scaled(curved.astype(float), curved.astype(float))
+
+    @cached_property
+    def _second(self) -> Matrices:
+        nonzeros = self.functions.hessian(self.point.z, self.inputs, self.point.y)
+        return Matrices(self.functions.hessian_pattern, nonzeros)
 
     @property
     def jacobian(self) -> Array:
@@ -206,7 +212,7 @@ class Evaluation:
     def _strength(self) -> Array:
         """The largest force of objective and kinks, curvature aside, (B, 1): that of a norm has no limit at zero."""
         kinks = _largest(self.kink_weights * self._kink_norms)
-        return np.maximum(_largest(self.first.gradient), kinks)[:, None]
+        return np.maximum(_largest(self.first.gradient * self.size), kinks)[:, None]
 
     @cached_property
     def _kink_slack(self) -> Array:
@@ -229,7 +235,7 @@ class Evaluation:
     @cached_property
     def _kink_norms(self) -> Array:
         """The unit of r, (B, k): the largest of the gradients of its rows."""
-        norms = self.row_norms[:, self.program.constraints :]
+        norms = self.reach[:, self.program.constraints :]
         return norms if self.program.pieces is None else self._in_group(norms, np.maximum)
 
     def _in_group(self, values: Array, combine: Any) -> Array:
@@ -253,13 +259,14 @@ class Evaluation:
         A sum of squares is one where all of them vanish: it holds without saying in which direction
         (Gould et al. 2019, after observation 4.8). "Nearby" is a hundredth of the point's own size away.
         """
-        norms = self.row_norms
+        norms = self.reach
         if self.program.affine_constraints and self.program.pieces is None:
             return norms < 0
         z = self.point.z
         size = np.maximum(np.sqrt((z**2).sum(axis=1, keepdims=True)), 1e-2)
         nearby = self.functions.first_order(z + 1e-2 * size * _direction(z.shape[1]), self.inputs).jacobian
-        return norms < _VANISHING * self.J.map(lambda here: nearby - here).row_norms()
+        change = self.J.map(lambda here: nearby - here).scaled(np.ones_like(norms), self.size)
+        return norms < _VANISHING * change.row_norms()
 
     # -- unscaled ---------------------------------------------------------------------------------
 
@@ -293,31 +300,41 @@ class Evaluation:
         return self.J.row_norms()
 
     @cached_property
+    def reach(self) -> Array:
+        """|J_i w|: how much a constraint changes where the variables change by their sizes, (B, m)."""
+        return self.J.scaled(np.ones_like(self.point.y), self.size).row_norms()
+
+    @cached_property
     def size(self) -> Array:
-        """max(1, |z|), (B, 1)."""
-        return np.maximum(1.0, _largest(self.point.z))[:, None]
+        """w, by which changes of the variables are measured, (B, n): never more than max(1, |z|)."""
+        z = self.point.z
+        size = np.broadcast_to(np.maximum(1.0, _largest(z))[:, None], z.shape)
+        units = units_of(self._second, self.J)
+        if units is None:
+            return size
+        length = np.maximum(1.0, _largest(z / units))[:, None]
+        return np.minimum(units * length, size)
 
     @cached_property
     def force(self) -> Array:
-        """The unit of multipliers, (B, 1): the largest force that the objective exerts at the point or nearby.
+        """The unit of multipliers, (B, 1): what the objective changes by at most where a variable changes by its size.
 
         Multipliers do not enter it: where the objective exerts none, theirs is rounding.
         """
-        curvature = self.H.largest() * self.size[:, 0]
+        curvature = self.H.map(np.abs).scaled(self.size, self.size).largest()
         kinks = _largest(self.kink_weights * self._kink_norms)
-        forces = np.maximum.reduce([_largest(self.first.gradient), curvature, kinks])
+        forces = np.maximum.reduce([_largest(self.first.gradient * self.size), curvature, kinks])
         return np.where(forces > 0, forces, 1.0)[:, None]
 
     @cached_property
     def _units(self) -> Array:
-        """The norm of the gradient of each side, in the order of ``slack``."""
-        ones = np.ones_like(self.point.z)
-        rows = self.row_norms[:, self.program.equality.size : self.program.constraints]
-        return np.concatenate([rows, self._kink_norms, ones, ones], axis=1)
+        """How much each side changes where the variables change by their sizes, in the order of ``slack``."""
+        rows = self.reach[:, self.program.equality.size : self.program.constraints]
+        return np.concatenate([rows, self._kink_norms, self.size, self.size], axis=1)
 
     @cached_property
     def scaled_slack(self) -> Array:
-        return self.slack / np.maximum(self._units * self.size, _TINY)
+        return self.slack / np.maximum(self._units, _TINY)
 
     @cached_property
     def scaled_multiplier(self) -> Array:
@@ -326,8 +343,7 @@ class Evaluation:
     @cached_property
     def scaled_feasibility(self) -> Array:
         """(B,)"""
-        equality_norms = np.maximum(self.row_norms[:, : self.program.equality.size] * self.size, _TINY)
-        equality = np.abs(self.equality) / equality_norms
+        equality = np.abs(self.equality) / np.maximum(self.reach[:, : self.program.equality.size], _TINY)
         return np.maximum(_largest(equality), _largest(np.maximum(-self.scaled_slack, 0)))
 
     @cached_property
@@ -340,12 +356,12 @@ class Evaluation:
     def scaled_stationarity(self) -> Array:
         """By row: residual over the forces that meet there, (B,)."""
         meeting = np.abs(self.first.gradient) + self.J.map(np.abs).transposed_times(np.abs(self.point.y))
-        curvature = self.H.map(np.abs).row_sums() * self.size
+        curvature = self.H.map(np.abs).times(self.size)
         if not self.program.numbers.all():  # that of a norm near its zero is no force that could meet another
             largest = self._strength
-            curvature = np.where(largest > 0, np.minimum(curvature, largest), curvature)
+            curvature = np.where(largest > 0, np.minimum(curvature, largest / self.size), curvature)
         meeting += curvature + np.abs(self.point.lower) + self.point.upper
-        floor = _NOTHING * self.force
+        floor = _NOTHING * self.force / self.size
         return _largest(self.stationarity / np.maximum(meeting, floor))
 
     @cached_property

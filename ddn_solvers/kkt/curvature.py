@@ -45,15 +45,17 @@ class Curvature:
         rank: Of the active rows, bounds included, (B,).
         rows: How many there are, (B,).
         smallest: Smallest eigenvalue of the reduced Hessian over |H|, (B,); inf where the null space is {0}.
-        null: Orthonormal rows that span the null space of the active ones, the others zero, (B, n, n); not
-            made where the problem is too large for that: (B, 0, n).
-        unit: |H|, (B,), one where it vanishes.
+        null: Orthonormal rows that span the null space of the active ones, the others zero, (B, n, n), of variables
+            in units of ``size``; not made where the problem is too large for that: (B, 0, n).
+        size: Of the variables, the largest one, (B, n).
+        unit: |H| in these units, (B,), one where it vanishes.
     """
 
     rank: np.ndarray[Any, np.dtype[np.int64]]
     rows: np.ndarray[Any, np.dtype[np.int64]]
     smallest: Array
     null: Array
+    size: Array
     unit: Array
 
     @property
@@ -74,7 +76,9 @@ def curvature(evaluation: Evaluation, active: ActiveSet) -> Curvature:
         if found is not None:
             return found
     batch, n = evaluation.point.z.shape
-    rows = np.where(active.constraints[:, :, None], _normalised(evaluation), 0.0)
+    size = _size(evaluation)
+    hessian = evaluation.hessian * size[:, :, None] * size[:, None, :]
+    rows = np.where(active.constraints[:, :, None], _normalised(evaluation, size), 0.0)
     fixed = np.zeros((batch, n, n))
     fixed[:, np.arange(n), np.arange(n)] = active.fixed
     _, singular, right = np.linalg.svd(np.concatenate([rows, fixed], axis=1), full_matrices=True)
@@ -82,15 +86,15 @@ def curvature(evaluation: Evaluation, active: ActiveSet) -> Curvature:
     largest = np.maximum(singular.max(axis=1, initial=0.0), 1e-300)[:, None]
     counted[:, : singular.shape[1]] = singular > DEPENDENT * largest
     null = np.where(counted[:, :, None], 0.0, right)
-    reduced = null @ evaluation.hessian @ null.transpose(0, 2, 1)
-    norm = np.abs(evaluation.hessian).max(axis=(1, 2), initial=0.0)
+    reduced = null @ hessian @ null.transpose(0, 2, 1)
+    norm = np.abs(hessian).max(axis=(1, 2), initial=0.0)
     unit = np.where(norm > 0, norm, 1.0)
     above = np.where(counted, 2.0 * n, 0.0)  # lifts the directions that do not count out of the way
     reduced = reduced / unit[:, None, None] + above[:, :, None] * np.eye(n)
     smallest = np.linalg.eigvalsh(reduced).min(axis=1, initial=np.inf)
     rank = counted.sum(axis=1)
     count = active.constraints.sum(axis=1) + active.fixed.sum(axis=1)
-    return Curvature(rank, count, np.where(rank == n, np.inf, smallest), null, unit)
+    return Curvature(rank, count, np.where(rank == n, np.inf, smallest), null, size, unit)
 
 
 def surely_minimal(evaluation: Evaluation, active: ActiveSet) -> bool:
@@ -102,25 +106,33 @@ def surely_minimal(evaluation: Evaluation, active: ActiveSet) -> bool:
         return False
     if large_and_sparse(evaluation.H.pattern, evaluation.J.pattern):
         return all(_above(_unit(evaluation, active), i, 0.0, _RHO) for i in range(len(active.sides)))
-    rows = np.where(active.constraints[:, :, None], _normalised(evaluation), 0.0)
-    norm = np.abs(evaluation.hessian).max(axis=(1, 2), initial=0.0)[:, None, None]
-    matrix = evaluation.hessian + _RHO * norm * (rows.transpose(0, 2, 1) @ rows)
+    size = _size(evaluation)
+    hessian = evaluation.hessian * size[:, :, None] * size[:, None, :]
+    rows = np.where(active.constraints[:, :, None], _normalised(evaluation, size), 0.0)
+    norm = np.abs(hessian).max(axis=(1, 2), initial=0.0)[:, None, None]
+    matrix = hessian + _RHO * norm * (rows.transpose(0, 2, 1) @ rows)
     diagonal = np.arange(active.n)
     matrix[:, diagonal, diagonal] += np.where(active.fixed, _RHO * norm[:, :, 0], 0.0)
     _, info = torch.linalg.cholesky_ex(torch.from_numpy(matrix))
     return not bool(info.any())
 
 
-def _normalised(evaluation: Evaluation) -> Array:
+def _size(evaluation: Evaluation) -> Array:
+    """Sizes of the variables, the largest one: ones unless their units differ by far, (B, n)."""
+    size: Array = evaluation.size / evaluation.size.max(axis=1, keepdims=True)
+    return size
+
+
+def _normalised(evaluation: Evaluation, size: Array) -> Array:
     """Rows of unit norm, so that rank does not depend on the units of a constraint; vanishing ones zero."""
     scale, _ = _row_scale(evaluation)
-    scaled: Array = evaluation.jacobian * scale[:, :, None]
+    scaled: Array = evaluation.jacobian * scale[:, :, None] * size[:, None, :]
     return scaled
 
 
 def _row_scale(evaluation: Evaluation) -> tuple[Array, Mask]:
     """What makes each row's norm one, zero for vanishing rows, and which do not vanish, (B, m) each."""
-    norms = evaluation.row_norms
+    norms = evaluation.reach / evaluation.size.max(axis=1, keepdims=True)
     good: Mask = ~evaluation.vanishing & (norms > 1e-300)
     return np.where(good, 1.0 / np.where(good, norms, 1.0), 0.0), good
 
@@ -130,11 +142,13 @@ def _row_scale(evaluation: Evaluation) -> tuple[Array, Mask]:
 
 def _unit(evaluation: Evaluation, active: ActiveSet) -> Bordered:
     """The bordered matrix with |H| = 1 and rows of norm one."""
-    norm = evaluation.H.largest()[:, None]
+    size = _size(evaluation)
+    hessian = evaluation.H.scaled(size, size)
+    norm = hessian.largest()[:, None]
     scale, good = _row_scale(evaluation)
     kept = np.concatenate([~active.fixed, active.constraints & good], axis=1)
-    hessian = evaluation.H.map(lambda values: values / np.where(norm > 0, norm, 1.0))
-    border = evaluation.J.scaled(scale, np.ones_like(evaluation.point.z))
+    hessian = hessian.map(lambda values: values / np.where(norm > 0, norm, 1.0))
+    border = evaluation.J.scaled(scale, size)
     return Bordered.of(Sparse(hessian), Sparse(border), torch.from_numpy(kept))
 
 
@@ -163,9 +177,10 @@ def _sparse_curvature(evaluation: Evaluation, active: ActiveSet) -> Curvature | 
             rank[i] = fixed + _rank(K, i)  # a regular system has independent rows
         if rank[i] < active.n:
             smallest[i] = _smallest(K, i, bool(system.singular[i]))
-    norm = evaluation.H.largest()
+    size = _size(evaluation)
+    norm = evaluation.H.scaled(size, size).largest()
     null = np.zeros((len(rows), 0, active.n))
-    return Curvature(rank, rows, smallest, null, np.where(norm > 0, norm, 1.0))
+    return Curvature(rank, rows, smallest, null, size, np.where(norm > 0, norm, 1.0))
 
 
 def _rank(K: Bordered, sample: int) -> int:

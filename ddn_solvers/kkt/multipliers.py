@@ -49,7 +49,7 @@ def without_cancellation(evaluation: Evaluation) -> Evaluation:
     wrong with the point.
     """
     program, bound, point = evaluation.program, evaluation.bound, evaluation.point
-    forces = np.abs(point.y) * evaluation.row_norms / evaluation.force
+    forces = np.abs(point.y) * evaluation.reach / evaluation.force
     huge = np.flatnonzero(forces.max(axis=1, initial=0.0) > _CANCELLING)
     if not huge.size:
         return evaluation
@@ -285,7 +285,11 @@ def canonical_multipliers(evaluation: Evaluation, active: ActiveSet) -> PrimalDu
     point = PrimalDual(**{name: values.copy() for name, values in vars(evaluation.point).items()})
     for i in np.flatnonzero(bent.rank < bent.rows):
         rows = _ActiveRows.of(evaluation, active, int(i))
-        rows.put(point, int(i), _of_binding_curvature(rows, rows.bends(evaluation, int(i), bent.null[i])))
+        rows.put(
+            point,
+            int(i),
+            _of_binding_curvature(rows, rows.bends(evaluation, int(i), bent.null[i] * bent.size[i])),
+        )
     return point
 
 
@@ -305,7 +309,7 @@ def steepest_multipliers(
     c, left, right = rows.index
     change = np.concatenate([dc[c], lower[left], -upper[right]]) @ rows.free
     # Curvature decides between those that are equally steep.
-    curved = rows.bends(evaluation, 0, bent.null[0]) @ rows.free
+    curved = rows.bends(evaluation, 0, bent.null[0] * bent.size[0]) @ rows.free
     size = np.abs(curved).max(initial=0.0)
     if size > 0:
         change = change + 1e-7 * max(np.abs(change).max(), 1e-300) * curved / size

@@ -118,7 +118,7 @@ def _newton_step(here: Evaluation, active: ActiveSet, system: System) -> tuple[E
     moved = Evaluation.at(here.program, here.bound, replace(here.point, z=z, y=y + t))
     point = with_bound_multipliers(moved, active)
     tried = Evaluation(here.program, here.bound, point, moved.first)
-    return tried, np.abs(x).max(axis=1, initial=0.0) / here.size[:, 0]
+    return tried, np.abs(x / here.size).max(axis=1, initial=0.0)
 
 
 def with_bound_multipliers(evaluation: Evaluation, active: ActiveSet) -> PrimalDual:

@@ -182,5 +182,7 @@ def _kinks(evaluation: Evaluation) -> Array:
     program, z = evaluation.program, evaluation.point.z
     if not program.kinks:
         return np.zeros((len(z), 0))
-    distances: Array = np.abs(evaluation.functions.kink_residuals(z, evaluation.inputs)) / evaluation.size
+    distances: Array = np.abs(
+        evaluation.functions.kink_residuals(z, evaluation.inputs)
+    ) / evaluation.size.max(axis=1, keepdims=True)
     return distances

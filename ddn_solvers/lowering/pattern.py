@@ -76,7 +76,7 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Runs:
-    """Groups of neighbours in an array, some of them empty; ``sum`` adds each up."""
+    """Groups of neighbours in an array, some of them empty, and what is made of each."""
 
     starts: Index  # of the groups that are not empty
     groups: Index  # their numbers
@@ -89,13 +89,20 @@ class Runs:
 
     def sum(self, values: Array) -> Array:
         """(B, nnz) -> (B, count)"""
+        return self._reduced(np.add, values)
+
+    def largest(self, values: Array) -> Array:
+        """(B, nnz), none negative -> (B, count), zero of nothing."""
+        return self._reduced(np.maximum, values)
+
+    def _reduced(self, function: np.ufunc, values: Array) -> Array:
         if not len(self.starts):
             return np.zeros((len(values), self.count))
-        sums: Array = np.add.reduceat(values, self.starts, axis=1)
+        reduced: Array = function.reduceat(values, self.starts, axis=1)
         if len(self.groups) == self.count:
-            return sums
+            return reduced
         whole = np.zeros((len(values), self.count))
-        whole[:, self.groups] = sums
+        whole[:, self.groups] = reduced
         return whole
 
 
@@ -159,6 +166,29 @@ class Matrices:
         """max |M_ij|, (B,)"""
         largest: Array = np.abs(self.nonzeros).max(axis=1, initial=0.0)
         return largest
+
+    def row_largest(self) -> Array:
+        """max_j |M_ij|, (B, rows)"""
+        if self.pattern.full:
+            largest: Array = np.abs(self.dense).max(axis=2, initial=0.0)
+            return largest
+        return self.pattern.row_runs.largest(np.abs(self.nonzeros)[:, self.pattern.by_row])
+
+    def diagonal(self) -> Array:
+        """(B, min(shape))"""
+        if self.pattern.full:
+            return self.dense.diagonal(axis1=1, axis2=2)
+        found = np.zeros((len(self), min(self.shape)))
+        on = np.flatnonzero(self.pattern.indices == self.pattern.columns)
+        found[:, self.pattern.indices[on]] = self.nonzeros[:, on]
+        return found
+
+    def column_largest(self) -> Array:
+        """max_i |M_ij|, (B, columns)"""
+        if self.pattern.full:
+            largest: Array = np.abs(self.dense).max(axis=1, initial=0.0)
+            return largest
+        return self.pattern.column_runs.largest(np.abs(self.nonzeros))
 
     def take(self, samples: Any) -> Matrices:
         return Matrices(self.pattern, self.nonzeros[samples])

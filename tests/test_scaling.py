@@ -1,0 +1,105 @@
+"""Units do not matter: badly scaled versions of well-behaved problems have the same points and gradients."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import ddn_solvers as ddn
+from ddn_solvers.lowering.pattern import Matrices, Pattern
+from ddn_solvers.units import units_of
+
+D = torch.float64
+N, P, Q = 10, 3, 6
+
+
+class Data:
+    """A strictly convex problem in v with equalities and inequalities, and the units of v and of the rows."""
+
+    def __init__(self, seed, decades):
+        g = torch.Generator().manual_seed(seed)
+
+        def rand(*shape):
+            return torch.randn(shape, generator=g, dtype=D)
+
+        def units(size):
+            return 10.0 ** torch.randint(-decades, decades + 1, (size,), generator=g).to(D)
+
+        L, self.A, self.G, inside = rand(N, N), rand(P, N), rand(Q, N), rand(N)
+        self.H = L @ L.T / N + torch.eye(N, dtype=D)
+        self.b, self.h = self.A @ inside, self.G @ inside + 0.3 * torch.rand(Q, generator=g, dtype=D)
+        self.low, self.c = inside - 0.2, 3 * rand(N)
+        self.d, self.e, self.f = units(N), units(P), units(Q)
+
+    def problem(self, quartic, scaled):
+        """Of u with v = d u; rows times e and f."""
+        d, e, f = (u if scaled else torch.ones_like(u) for u in (self.d, self.e, self.f))
+
+        def objective(u, c):
+            v = d * u
+            return 0.5 * v @ self.H @ v + c @ v + (0.1 * (v**4).sum() if quartic else 0.0)
+
+        return ddn.Problem(
+            {"u": (N,)},
+            {"c": (N,)},
+            objective,
+            {"equal": lambda u: e * (self.A @ (d * u) - self.b)},
+            {"below": lambda u: f * (self.G @ (d * u) - self.h)},
+            bounds={"u": (torch.where(torch.arange(N) < 3, self.low, -torch.inf) / d, None)},
+        )
+
+
+def solved(data, quartic, scaled, solver="auto"):
+    c = data.c.clone().requires_grad_()
+    solution = ddn.solve(data.problem(quartic, scaled), {"c": c}, solver=solver)
+    v = solution["u"] * (data.d if scaled else 1)
+    (gradient,) = torch.autograd.grad(v @ torch.arange(1, N + 1, dtype=D), c)
+    return v.detach(), gradient, solution
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("decades", [2, 4, 6])
+@pytest.mark.parametrize(
+    ("quartic", "solver"),
+    [
+        *((False, s) for s in ("auto", "casadi:ipopt", "casadi:daqp", "scipy:SLSQP", "cvxpy:CLARABEL")),
+        (True, "auto"),
+        (True, "casadi:ipopt"),
+    ],
+)
+def test_units_of_variables_and_rows_change_nothing(quartic, solver, decades, seed):
+    """A slack was measured by the largest variable: with units 1e8 apart rows were active that were not."""
+    data = Data(seed, decades)
+    v, gradient, expected = solved(data, quartic, scaled=False)
+    assert expected.certificate.ok
+    found, mine, solution = solved(data, quartic, scaled=True, solver=solver)
+    torch.testing.assert_close(found, v, rtol=0, atol=1e-11)
+    torch.testing.assert_close(mine, gradient, rtol=0, atol=1e-9 * float(gradient.abs().max()))
+    certificate = solution.certificate
+    assert certificate.ok
+    assert certificate.licq
+    assert certificate.sosc
+    for name, active in expected.certificate.active.items():
+        assert torch.equal(certificate.active[name], active), name
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_units_are_those_of_the_variables(sparse):
+    g = np.random.default_rng(0)
+    H, J = g.standard_normal((3, N, N)), g.standard_normal((3, P, N))
+    H = H + H.transpose(0, 2, 1)
+    if sparse:
+        J[:, :, ::2] = 0
+    d, e = (10.0 ** g.uniform(-5, 5, (3, size)) for size in (N, P))
+
+    def matrices(dense):
+        row, column = np.nonzero(dense[0].T)[::-1]
+        pointers = np.concatenate([[0], np.cumsum(np.bincount(column, minlength=N))])
+        return Matrices(Pattern(dense.shape[1:], pointers, row), dense[:, row, column])
+
+    assert units_of(matrices(H), matrices(J * e[:, :, None])) is None
+    scaled = matrices(H * d[:, :, None] * d[:, None, :]), matrices(J * d[:, None, :] * e[:, :, None])
+    found = units_of(*scaled) * d
+    assert (found.max(axis=1) / found.min(axis=1) < 10).all()
+    np.testing.assert_array_equal(units_of(*scaled).max(axis=1), 1)
