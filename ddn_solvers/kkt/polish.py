@@ -32,7 +32,7 @@ class Polished:
 
     Attributes:
         evaluation: Derivatives and residuals at the polished points.
-        predicted: Relative size of the last Newton step, |dz| / max(1, |z|), (B,): taken or not, the
+        predicted: Relative size of the last Newton step, |dz / w|, (B,): taken or not, the
             solution is no farther than that.
         singular: Where the KKT matrix is singular, (B,).
         condition: Its condition estimate, (B,).

@@ -1,8 +1,8 @@
 """Is a point a solution? Decided by our residuals, whatever found it.
 
 Solved means: after the polish, scaled feasibility and complementarity are within ``accuracy``, and so is
-the predicted Newton step |dz| / max(1, |z|) where the KKT matrix is regular (stationarity scaled by row
-where it is not).
+the predicted Newton step |dz / w|, w being the sizes of the variables (``residuals.py``), where the KKT matrix is
+regular (stationarity scaled by row where it is not).
 """
 
 from __future__ import annotations
