@@ -27,11 +27,10 @@ from ddn_solvers.arrays import Array
 from ddn_solvers.evaluators import Evaluators, FirstOrder
 from ddn_solvers.lowering.pattern import Matrices
 from ddn_solvers.program import Program
-from ddn_solvers.units import units_of
+from ddn_solvers.units import FLAT, units_of
 
 _TINY = 1e-300
 _NOTHING = 1e-9  # relative size of the forces that meet in a row below which they are not told apart
-_FLAT = 1e-14  # curvature relative to the largest that is rounding
 _ROUNDING = 1e-13  # relative force that counts as none
 _VANISHING = 1e-2  # of the change of a row's gradient over a hundredth of the point's size
 
@@ -120,7 +119,7 @@ class Evaluation:
         matrices = self._second
         size = np.minimum(np.maximum(1.0, np.abs(self.point.z)), self.size)
         rows = matrices.map(np.abs).scaled(size, size).row_sums()
-        curved = rows > _FLAT * _largest(rows)[:, None]
+        curved = rows > FLAT * _largest(rows)[:, None]
         return matrices if curved.all() else matrices.scaled(curved.astype(float), curved.astype(float))
 
     @cached_property

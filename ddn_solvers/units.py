@@ -9,19 +9,26 @@ from __future__ import annotations
 
 import numpy as np
 
-from ddn_solvers.arrays import Array
+from ddn_solvers.arrays import Array, Mask
 from ddn_solvers.lowering.pattern import Matrices
 
+FLAT = 1e-14  # curvature relative to the largest that is rounding
 _ALIKE = 1e2  # ratio of the roots of H's diagonal, and of J's columns, up to which units count as alike
 _SWEEPS = 12
 
 
 def units_of(H: Matrices, J: Matrices) -> Array | None:
-    """The unit of each variable, the largest of each sample being one, (B, n); ``None`` where all are alike."""
+    """The unit of each variable, (B, n); infinite in samples where all are alike, ``None`` where that is every one.
+
+    The largest unit of a sample is one.
+    """
     with np.errstate(all="ignore"):
-        curvature = np.abs(H.diagonal())
-        ones = np.ones_like(curvature)
-        if _alike(np.sqrt(curvature)) and _alike(_normalised(J, ones).column_largest()):
+        rows = H.map(np.abs).row_sums()
+        curvature = np.where(
+            rows > FLAT * rows.max(axis=1, keepdims=True, initial=0.0), np.abs(H.diagonal()), 0.0
+        )
+        alike = _alike(np.sqrt(curvature)) & _alike(_normalised(J, np.ones_like(rows)).column_largest())
+        if alike.all():
             return None
         curved = curvature > 0
         units = np.where(curved, 1 / np.sqrt(np.where(curved, curvature, 1.0)), 1.0)
@@ -30,7 +37,7 @@ def units_of(H: Matrices, J: Matrices) -> Array | None:
                 columns = _normalised(J, units).column_largest()
                 units = np.where(curved | (columns == 0), units, units / np.sqrt(columns))
         units = units / units.max(axis=1, keepdims=True, initial=0.0)
-    found: Array = np.where(np.isfinite(units).all(axis=1, keepdims=True), units, 1.0)
+    found: Array = np.where(alike[:, None] | ~np.isfinite(units).all(axis=1, keepdims=True), np.inf, units)
     return found
 
 
@@ -41,7 +48,8 @@ def _normalised(J: Matrices, units: Array) -> Matrices:
     return scaled.scaled(1 / np.where(rows > 0, rows, 1.0), np.ones_like(units))
 
 
-def _alike(values: Array) -> bool:
-    """Whether what is not zero differs by no more than ``_ALIKE`` in every sample."""
+def _alike(values: Array) -> Mask:
+    """Samples in which what is not zero differs by no more than ``_ALIKE``, (B,)."""
     smallest = np.where(values > 0, values, np.inf).min(axis=1, initial=np.inf)
-    return bool((values.max(axis=1, initial=0.0) <= _ALIKE * smallest).all())
+    found: Mask = ~(values.max(axis=1, initial=0.0) > _ALIKE * smallest)
+    return found

@@ -103,3 +103,19 @@ def test_units_are_those_of_the_variables(sparse):
     found = units_of(*scaled) * d
     assert (found.max(axis=1) / found.min(axis=1) < 10).all()
     np.testing.assert_array_equal(units_of(*scaled).max(axis=1), 1)
+
+
+def test_units_of_a_batch_mate_do_not_matter():
+    """The other sample's units decide nothing here: same size, same active set, same margin."""
+    problem = ddn.Problem(
+        {"u": (2,)},
+        {"d": (2,), "x": (2,)},
+        lambda u, d, x: 0.5 * (d * u - x).square().sum(),
+        {"sum": lambda u, d: (d * u).sum() - 1},
+        bounds={"u": (0.0, None)},
+    )
+    d = torch.tensor([[1.0, 3.0], [1e-6, 1e6]], dtype=D)
+    x = torch.tensor([[2.0, 0.5], [0.3, 0.6]], dtype=D)
+    both, alone = ddn.solve(problem, {"d": d, "x": x}), ddn.solve(problem, {"d": d[0], "x": x[0]})
+    assert torch.equal(both["u"][0], alone["u"])
+    assert torch.equal(both.certificate.margin[0], alone.certificate.margin)
