@@ -46,15 +46,17 @@ def sphere(p: float) -> ddn.Problem:
 
 
 def project(p: float, x: torch.Tensor) -> Projections:
-    """Project all points at once, starting on the rays to them, and differentiate both ways."""
+    """Project all points at once, starting on the rays to them, and differentiate the same y both ways."""
     x = x.clone().requires_grad_()
     start = (x / torch.linalg.vector_norm(x, p, dim=-1, keepdim=True)).detach()
     target = TARGET / torch.linalg.vector_norm(TARGET, p)
+    problem = sphere(p)
+    found = ddn.solve(problem, {"x": x}, initial=start)["u"].detach()
     gradients = []
     for nonsmooth in ("manifold", "clarke"):
-        y = ddn.solve(sphere(p), {"x": x}, initial=start, policy=ddn.Policy(nonsmooth=nonsmooth))["u"]
+        y = ddn.attach(problem, {"x": x}, found, policy=ddn.Policy(nonsmooth=nonsmooth))["u"]
         gradients.append(torch.autograd.grad(0.5 * (y - target).square().sum(), x)[0])
-    return Projections(p, x.detach(), y.detach(), target, *gradients)
+    return Projections(p, x.detach(), found, target, *gradients)
 
 
 def draw_projections(figure: Figure) -> dict[str, Projections]:
