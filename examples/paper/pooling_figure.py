@@ -119,13 +119,30 @@ def _draw_objective(axes: Axes, pool: Pool) -> None:
     flat = pool.objective < lowest + 1e-9
     if int(flat.sum()) > 1:
         axes.plot(pool.grid[flat], pool.objective[flat], color=ORANGE, lw=4, solid_capstyle="round")
+    _draw_minima(axes, pool)
+    ticks = {"color": DARK, "transform": axes.get_xaxis_transform(), "clip_on": False}
+    axes.plot(pool.x, torch.zeros(len(pool.x)), "|", ms=11, mew=1.3, **ticks)
+    axes.set_ylim(top=1.12 * float(pool.objective.max()) - 0.12 * lowest)
+    if (pool.minima.diff() < 0.5).any():
+        _draw_enlarged(axes, pool, lowest)
+
+
+def _draw_enlarged(axes: Axes, pool: Pool, lowest: float) -> None:
+    """The lowest valley again, where its minima are too close to tell apart."""
+    inset = axes.inset_axes((0.47, 0.2, 0.26, 0.5))
+    inset.plot(pool.grid, pool.objective, color=BLUE, lw=1.4)
+    _draw_minima(inset, pool)
+    u = float(pool.minimum)
+    inset.set(xlim=(u - 0.45, u + 0.25), ylim=(lowest - 0.03, lowest + 0.16), xticks=[], yticks=[])
+    inset.spines[:].set(visible=True, color=LIGHT)
+
+
+def _draw_minima(axes: Axes, pool: Pool) -> None:
+    lowest = float(pool.heights.min())
     for u, height in zip(pool.minima.tolist(), pool.heights.tolist(), strict=True):
         best = height < lowest + 1e-9
         mark = {"color": ORANGE, "ms": 6, "zorder": 4} if best else {"color": "white", "ms": 4.5, "zorder": 3}
         axes.plot(u, height, "o", mec=ORANGE, mew=1.3, **mark)
-    ticks = {"color": DARK, "transform": axes.get_xaxis_transform(), "clip_on": False}
-    axes.plot(pool.x, torch.zeros(len(pool.x)), "|", ms=11, mew=1.3, **ticks)
-    axes.set_ylim(top=1.12 * float(pool.objective.max()) - 0.12 * lowest)
 
 
 def _legend_of_pools(figure: Figure) -> None:
