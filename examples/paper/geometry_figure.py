@@ -105,8 +105,11 @@ def _draw_surface(axes: Axes, found: Geometry) -> None:
     axes.contour(first, second, heights, levels, colors=GREY, linewidths=0.7, alpha=0.5)
     for x, style in ((0.0, "-"), (step, "--")):
         axes.add_patch(Circle((0, 0), 1 + GROWTH * x, fill=False, edgecolor=GREEN, lw=1.8, ls=style))
-    path = torch.stack([geometry(x).y for x in torch.linspace(-0.3, 1.2, 16).tolist()])
+    x = torch.linspace(-0.3, 1.2, 16, dtype=D)
+    centres = torch.vmap(_centre)(x)
+    path = ddn.solve(moving_circle, {"x": x}, solver="casadi:ipopt", initial=centres)["u"]
     axes.plot(*path.T, color=BLUE, lw=1.3, ls=":")
+    label(axes, "path of $y$", path[0], (-58, -3), BLUE)
     for arrow, colour, text, offset in (
         (torch.linalg.solve(found.root, found.b), ORANGE, r"$\delta\,Dy_{unc}$", (5, -8)),
         (found.derivative, BLUE, r"$\delta\,Dy$", (-32, 1)),
@@ -119,14 +122,18 @@ def _draw_surface(axes: Axes, found: Geometry) -> None:
     label(axes, r"$h(u, x + \delta) = 0$", torch.tensor([1.08, 0.2]), (8, -4), GREEN)
     axes.set(aspect="equal", xlim=(0.1, 2.0), ylim=(0.05, 1.5), xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
-    axes.set_title("The constraint surface moves with x")
+    axes.set_title("The constraint surface moves with $x$")
 
 
 def _draw_vectors(axes: Axes, found: Geometry) -> None:
     origin, tangent = torch.zeros(2, dtype=D), torch.stack([-found.a[1], found.a[0]])
-    for point, style in ((origin, "-"), (found.shift, "--")):  # where the linearised constraint holds
+    for point, style, text, offset in (  # where the linearised constraint holds
+        (origin, "-", "$a^T Dy = 0$", (-82, 0)),
+        (found.shift, "--", "$a^T Dy + c = 0$", (6, 0)),
+    ):
         ends = torch.stack([point - 1.15 * tangent, point + 0.4 * tangent])
         axes.plot(*ends.T, color=GREEN, lw=1.4, ls=style, zorder=1)
+        label(axes, text, max(ends, key=lambda end: -float(end[1])), offset, GREEN)
     rest = found.b - found.along
     for start in (found.along, rest):  # the two parts of b~
         axes.plot(*torch.stack([start, found.b]).T, color=GREY, lw=1, ls=":")
@@ -134,7 +141,7 @@ def _draw_vectors(axes: Axes, found: Geometry) -> None:
         (origin, found.b, ORANGE, r"$\tilde{b} = H^{1/2} Dy_{unc}$", (6, 0)),
         (origin, found.along, GREY, r"$(\hat{a} \cdot \tilde{b})\,\hat{a}$", (6, -6)),
         (origin, rest, GREY, r"$\tilde{b} - (\hat{a} \cdot \tilde{b})\,\hat{a}$", (-88, -4)),
-        (rest, found.shift, DARK, r"$\frac{c}{|\tilde{a}|}\,\hat{a}$", (-46, 3)),
+        (rest, found.shift, DARK, r"$(c / |\tilde{a}|)\,\hat{a}$", (-62, 3)),
         (origin, rest + found.shift, BLUE, r"$H^{1/2} Dy$", (7, 2)),
         (origin, 0.45 * found.a, DARK, r"$\hat{a}$", (-14, -4)),
     ):

@@ -46,15 +46,17 @@ def sphere(p: float) -> ddn.Problem:
 
 
 def project(p: float, x: torch.Tensor) -> Projections:
-    """Project all points at once, starting on the rays to them, and differentiate both ways."""
+    """Project all points at once, starting on the rays to them, and differentiate the same y both ways."""
     x = x.clone().requires_grad_()
     start = (x / torch.linalg.vector_norm(x, p, dim=-1, keepdim=True)).detach()
     target = TARGET / torch.linalg.vector_norm(TARGET, p)
+    problem = sphere(p)
+    found = ddn.solve(problem, {"x": x}, initial=start)["u"].detach()
     gradients = []
     for nonsmooth in ("manifold", "clarke"):
-        y = ddn.solve(sphere(p), {"x": x}, initial=start, policy=ddn.Policy(nonsmooth=nonsmooth))["u"]
+        y = ddn.attach(problem, {"x": x}, found, policy=ddn.Policy(nonsmooth=nonsmooth))["u"]
         gradients.append(torch.autograd.grad(0.5 * (y - target).square().sum(), x)[0])
-    return Projections(p, x.detach(), y.detach(), target, *gradients)
+    return Projections(p, x.detach(), found, target, *gradients)
 
 
 def draw_projections(figure: Figure) -> dict[str, Projections]:
@@ -62,7 +64,7 @@ def draw_projections(figure: Figure) -> dict[str, Projections]:
     panels = figure.subplots(2, 3)
     angles = torch.linspace(0, 2 * math.pi, 41, dtype=D)[:-1] + 0.03
     ring = 1.9 * torch.stack([angles.cos(), angles.sin()], -1)
-    axis = torch.linspace(-2, 2, 16, dtype=D)
+    axis = torch.linspace(-2, 2, 14, dtype=D)
     grid = torch.cartesian_prod(axis, axis)
     found = {}
     for (above, below), (name, p) in zip(panels.T, NORMS.items(), strict=True):
@@ -82,8 +84,11 @@ def draw_projections(figure: Figure) -> dict[str, Projections]:
         GREY: "and through $Dy$ (Clarke), where it differs",
     }
     handles = [Line2D([], [], color=colour, lw=1.8, label=label) for colour, label in labels.items()]
+    handles.append(
+        Line2D([], [], color=BLUE, marker=".", ms=5, ls="", label="no descent: $D^z y$ keeps $y$ where it is")
+    )
     handles.append(Line2D([], [], color=ORANGE, marker="*", ms=11, ls="", label="target $t$"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    figure.legend(handles=handles, loc="outside lower center", ncols=2)
     return found
 
 

@@ -6,6 +6,7 @@ y = argmin_u  1/2 (u - x)^T Q (u - x)   subject to   g(u) = (|u|^2 - 1) / 2 <= 0
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,28 +43,30 @@ class Scenario:
     derivatives: dict[str, torch.Tensor]  # Dy PATH, by policy.weakly_active: (2,)
 
 
-def scenario(s: float) -> Scenario:
-    """Solve at x = KINK + s PATH and differentiate in the direction PATH."""
-    x = KINK + s * PATH
+def scenarios(s: Sequence[float]) -> list[Scenario]:
+    """Solve at x = KINK + s PATH, all at once, and differentiate in the direction PATH."""
+    x = KINK + torch.tensor(s, dtype=D)[:, None] * PATH
     solution = ddn.solve(bowl_in_disc, {"x": x}, solver="casadi:ipopt")
     derivatives = {}
     for side in SIDES:
         at = ddn.sensitivity(bowl_in_disc, {"x": x}, solution.primal, policy=ddn.Policy(weakly_active=side))
         derivatives[side] = at.jacobian(of="u", wrt="x") @ PATH
-    one_sided = bool(solution.certificate.one_sided)
-    multiplier = solution.dual.inequality["disc"]
-    return Scenario(x, solution["u"].detach(), multiplier.detach(), one_sided, derivatives)
+    y, multipliers = solution["u"].detach(), solution.dual.inequality["disc"].detach()
+    return [
+        Scenario(x[i], y[i], multipliers[i], bool(one_sided), {side: derivatives[side][i] for side in SIDES})
+        for i, one_sided in enumerate(solution.certificate.one_sided)
+    ]
 
 
 def draw_scenarios(figure: Figure) -> dict[str, Scenario]:
     """The three scenarios, and the derivative along the way through them."""
     panels = figure.subplots(1, 4, width_ratios=(1, 1, 1, 1.15))
-    found = {name: scenario(s) for name, s in SCENARIOS.items()}
+    found = dict(zip(SCENARIOS, scenarios(list(SCENARIOS.values())), strict=True))
     for axes, symbol, (name, shown) in zip(panels[:3], "y₁ y₂ y₃".split(), found.items(), strict=True):
         _draw_scenario(axes, shown)
         axes.set_title(f"{symbol}  {name}")
-    away = torch.cat([torch.linspace(-1, -0.02, 12), torch.linspace(0.02, 1, 12)]).tolist()
-    _draw_speed(panels[3], {s: scenario(s) for s in away}, list(found.values())[2])
+    away = torch.cat([torch.linspace(-1, -0.005, 12), torch.linspace(0.005, 1, 40)]).tolist()
+    _draw_speed(panels[3], dict(zip(away, scenarios(away), strict=True)), list(found.values())[2])
     return found
 
 
@@ -84,6 +87,9 @@ def _draw_scenario(axes: Axes, shown: Scenario) -> None:
         label(axes, "$-D_Y f$", shown.y + slope, (3, 4), ORANGE)
         axes.plot(*shown.x, "+", ms=9, mew=1.8, color=DARK, zorder=5)
         label(axes, "$x$", shown.x, (6, -11), DARK)
+        label(axes, "$y$", shown.y, (-14, -4), BLUE)
+    else:
+        label(axes, "$y = x$", shown.y, (-36, -4), BLUE)
     for side in SIDES if shown.one_sided else ("active",):
         tip = 0.9 * shown.derivatives[side]
         draw_arrow(axes, shown.y, tip, BLUE)
