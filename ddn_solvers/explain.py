@@ -34,14 +34,7 @@ class Compiled:
         """Print, and return, what is known of the problem: class, convexity, sparsity, captures, backends."""
         program = self.program
         able = registry.able(program)
-        auto = (
-            ", then ".join(
-                f"{r.backend}:{r.method.name}" + (" on lifted kinks" if r.lifted else "")
-                for r in routes("auto", program)
-            )
-            if able
-            else "none"
-        )
+        auto = ", then ".join(map(str, routes("auto", program))) if able else "none"
         captured = ", ".join(a.name for a in program.graph.captures) or "nothing that is an input"
         lines = [
             ("class", f"{program.problem_class.value}: {self._why()}"),

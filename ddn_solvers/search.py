@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,9 +26,17 @@ from ddn_solvers.solution import Status
 _UNEXPLAINED = (Status.NUMERICAL_ERROR, Status.NOT_A_KKT_POINT, Status.BACKEND_ERROR, Status.INFEASIBLE)
 
 
+class Start(enum.Enum):
+    """Where a route begins; the value is how ``stats`` calls it."""
+
+    GIVEN = ""  # the caller's initial point or warm start, without one the fresh start
+    FRESH = "a fresh start"  # zero, moved into the bounds
+    ANOTHER = "another start"  # a fixed point off all symmetries of zero, moved into the bounds
+
+
 @dataclass(frozen=True)
 class Route:
-    """One backend and method to try, and the form of the problem that it gets.
+    """One backend and method to try, the form of the problem that it gets, and where it begins.
 
     Attributes:
         lifted: The problem with its kinks lifted (``Program.lifted``) instead of the problem itself.
@@ -37,6 +46,13 @@ class Route:
     adapter: Adapter
     method: Method
     lifted: bool = False
+    start: Start = Start.GIVEN
+
+    def __str__(self) -> str:
+        form = " on lifted kinks" if self.lifted else ""
+        return f"{self.backend}:{self.method.name}{form}" + (
+            f" from {self.start.value}" if self.start.value else ""
+        )
 
 
 @dataclass
@@ -72,9 +88,9 @@ class Search:
             np.ascontiguousarray(np.broadcast_to(s, (samples, s.shape[1]))) for s in (lower, upper)
         )
         bound = Bound(parameters, lower, upper)
-        initial = np.clip(self._start(samples), lower, np.maximum(lower, upper))
+        starts = {s: np.clip(self._start(s, samples), lower, np.maximum(lower, upper)) for s in Start}
         self._reset(samples)
-        best = PrimalDual.resting(program, parameters, initial.copy())
+        best = PrimalDual.resting(program, parameters, starts[Start.GIVEN].copy())
         crossed = lower > upper
         open_: Mask = np.logical_not(crossed.any(axis=1))
         for i in np.flatnonzero(~open_):
@@ -84,11 +100,13 @@ class Search:
                 f"the bounds of {name} contradict: lower > upper",
             )
         refusal: BackendCannotSolve | None = None
-        for route in self.routes:
+        attempts = self._attempts()
+        for route in attempts:
             remaining = np.flatnonzero(open_)
             if not remaining.size:
                 break
-            if route.lifted and route is not self.routes[-1] and self._has_concave_kinks(bound, initial):
+            initial = starts[route.start]
+            if route.lifted and route is not attempts[-1] and self._has_concave_kinks(bound, initial):
                 continue
             try:
                 points = self._call(route, bound.take(remaining), initial[remaining], remaining)
@@ -103,11 +121,21 @@ class Search:
         self._diagnose(bound, best)
         return self._outputs(bound, best)
 
-    def _start(self, samples: int) -> Array:
+    def _attempts(self) -> list[Route]:
+        """The routes; where the caller gave a start that may have misled them, then again from a fresh one."""
+        if self.initial is None and self.warm_start is None:
+            return self.routes
+        given = [route for route in self.routes if route.start is Start.GIVEN]
+        rest = [route for route in self.routes if route.start is not Start.GIVEN]
+        return [*given, *(replace(route, start=Start.FRESH) for route in given), *rest]
+
+    def _start(self, start: Start, samples: int) -> Array:
         n = self.program.variables.size
-        if self.initial is not None:
+        if start is Start.ANOTHER:
+            return np.broadcast_to(np.random.default_rng(0).standard_normal(n), (samples, n))
+        if start is Start.GIVEN and self.initial is not None:
             return np.broadcast_to(self.initial, (samples, n)) if len(self.initial) == 1 else self.initial
-        if self.warm_start is not None and len(self.warm_start) == samples:
+        if start is Start.GIVEN and self.warm_start is not None and len(self.warm_start) == samples:
             return np.stack([point.primal for point in self.warm_start])
         return np.zeros((samples, n))
 
@@ -118,9 +146,9 @@ class Search:
 
     def _call(self, route: Route, bound: Bound, initial: Array, samples: Index) -> list[Point]:
         """The backend's points; an exception of its own fails the samples, not the program."""
-        warm = None
-        if self.warm_start is not None and len(self.warm_start) == len(self.status):
-            warm = [self.warm_start[i] for i in samples]
+        warm, given = None, self.warm_start if route.start is Start.GIVEN else None
+        if given is not None and len(given) == len(self.status):
+            warm = [given[i] for i in samples]
         program, n = self.program, initial.shape[1]
         lower, upper, start = bound.lower, bound.upper, initial
         if route.lifted and program.lifted is not None:
@@ -177,9 +205,11 @@ class Search:
             if not solved and self.backend[i]:
                 continue  # an earlier backend's verdict stands
             best.put(i, verified.evaluation.point, k)
+            before = f"solved by {route}, after: {self.status[i].value}" if self.backend[i] else ""
             self.backend[i], self.method[i] = route.backend, route.method.name
             self.iterations[i] = points[k].iterations
-            self.status[i], self.reasons[i] = _verdict(points[k], verified.status[k], verified.reasons[k])
+            self.status[i], reason = _verdict(points[k], verified.status[k], verified.reasons[k])
+            self.reasons[i] = "; ".join(text for text in (before, reason) if text)
             open_[i] = not (solved or self._proved(bound.take([i]), best.z[i], self.status[i]))
 
     def _proved(self, bound: Bound, z: Array, claim: Status) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -32,7 +33,7 @@ from ddn_solvers.layout import Layout
 from ddn_solvers.policy import Policy, as_policy
 from ddn_solvers.problem import Problem, as_problem
 from ddn_solvers.program import Program, compile_program
-from ddn_solvers.search import Route, Search
+from ddn_solvers.search import Route, Search, Start
 from ddn_solvers.solution import Solution, Stats, Status
 from ddn_solvers.uncompiled import uncompiled
 
@@ -46,6 +47,7 @@ AUTO: Mapping[ProblemClass, tuple[str, ...]] = {
     ProblemClass.NLP: ("casadi:ipopt", "scipy:SLSQP"),
 }
 AUTO_SPARSE_QP = ("casadi:ipopt", "cvxpy:CLARABEL")  # DAQP's algebra is dense
+_EXPLAINED = 5  # failed samples whose reasons a message gives; of the others it gives number and status
 AUTO_NONSMOOTH = ("cvxpy:CLARABEL", "casadi:ipopt", "scipy:SLSQP")
 
 
@@ -65,10 +67,12 @@ def solve(
         problem: A ``Problem`` or the dict that ``Problem.from_dict`` takes.
         parameters: Name -> tensor (*batch, *shape); leading batch dimensions broadcast.
         solver: ``"backend"``, ``"backend:method"``, ``"auto"`` (by problem class), or a list of
-            these, tried in order for each sample.
+            these, tried in order for each sample. ``"auto"`` ends with another start where the problem
+            is not an LP or QP.
         initial: Starting point: a dict by variable, or a tensor when there is one variable; by
-            default zero, moved into the bounds.
-        warm_start: An earlier ``Solution`` of the same batch: point and multipliers to start from.
+            default zero, moved into the bounds. Samples that fail from there are tried from the default.
+        warm_start: An earlier ``Solution`` of the same batch: point and multipliers to start from, with
+            the same retry.
         options: ``max_iter``, ``time_limit`` (seconds a sample), ``tolerance``, and native options of
             the backend.
         policy: What to do about failures and degenerate derivatives.
@@ -217,7 +221,10 @@ def _auto(program: Program) -> list[Route]:
         raise BackendCannotSolve(
             "no installed backend can solve this problem; see ddn.compile(problem).explain()"
         )
-    return found
+    if program.problem_class in (ProblemClass.LP, ProblemClass.QP):
+        return found  # where one starts says nothing about where these end
+    local = (r for r in found if Feature.NONCONVEX in r.method.features and not r.lifted)
+    return [*found, *(replace(route, start=Start.ANOTHER) for route in itertools.islice(local, 1))]
 
 
 def as_options(options: Mapping[str, Any] | None) -> Options:
@@ -282,14 +289,30 @@ def report_failures(solution: Solution, search: Search, policy: Policy) -> None:
         (f"sample {i}: " if total > 1 else "")
         + search.status[i].value
         + (f" ({search.reasons[i]})" if search.reasons[i] else "")
-        for i in failed[:5]
+        for i in failed[:_EXPLAINED]
     ]
-    more = f"; and {len(failed) - 5} more" if len(failed) > 5 else ""
+    rest = failed[_EXPLAINED:]
+    more = "".join(
+        f"; {status.value} too: {_ranges([i for i in rest if search.status[i] is status])}"
+        for status in dict.fromkeys(search.status[i] for i in rest)
+    )
     who = f"{len(failed)} of {total} samples have" if total > 1 else "the problem has"
     message = f"{who} no verified solution: {'; '.join(shown)}{more}"
     if policy.on_failure == "raise":
         raise SolveError(message, solution)
     warn_caller(message, ConvergenceWarning)
+
+
+def _ranges(samples: Sequence[int]) -> str:
+    """Increasing numbers as ``samples 3, 7-9``."""
+    runs: list[list[int]] = []
+    for i in samples:
+        if runs and i == runs[-1][-1] + 1:
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    text = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+    return f"{'samples' if len(samples) > 1 else 'sample'} {text}"
 
 
 def warn_if_callbacks(program: Program) -> None:

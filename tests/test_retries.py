@@ -1,0 +1,73 @@
+"""What is tried again, from where, and how failures are told."""
+
+import pytest
+import torch
+
+import ddn_solvers as ddn
+
+D = torch.float64
+
+# u^4 - 3 u^2 + x u: a maximum near zero, minima near -1.2 and 1.2
+TWO_VALLEYS = ddn.Problem({"u": ()}, {"x": ()}, lambda u, x: u**4 - 3 * u**2 + x * u)
+# Newton's method leaves the far, flat ends of this valley for infinity; from zero it converges.
+VALLEY = ddn.Problem({"u": (2,)}, {"x": (2,)}, lambda u, x: (1 + (u - x).square()).log().sum())
+STRIP = ddn.Problem(
+    {"u": (2,)},
+    {"x": ()},
+    lambda u, x: (u - x).square().sum(),
+    inequality={"above": lambda u, x: u.sum() - x, "below": lambda u, x: 2 * x - u.sum()},
+)
+
+
+def test_auto_tries_another_start_where_the_first_ends_on_a_maximum():
+    x = torch.zeros((), dtype=D, requires_grad=True)
+    s = ddn.solve(TWO_VALLEYS, {"x": x})
+    assert s.status == (ddn.Status.OPTIMAL,)
+    assert s["u"].abs().item() == pytest.approx(1.5**0.5, abs=1e-12)
+    assert "another start" in s.stats.message[0]
+    assert "not a minimum" in s.stats.message[0]
+    (gradient,) = torch.autograd.grad(s["u"], x)
+    assert gradient.item() == pytest.approx(-1 / 12, abs=1e-12)  # -1 / f'', f'' = 12 u^2 - 6
+    with pytest.raises(ddn.SolveError, match="not a minimum"):  # a solver by name is tried as it is
+        ddn.solve(TWO_VALLEYS, {"x": x}, solver="casadi:ipopt")
+
+
+def test_a_start_that_misleads_is_followed_by_a_fresh_one():
+    x = torch.tensor([[0.3, -0.2], [0.1, 0.4]], dtype=D)
+    far = torch.tensor([[1e9, -1e9], [0.0, 0.0]], dtype=D)
+    s = ddn.solve(VALLEY, {"x": x}, solver="casadi:ipopt", initial=far)
+    assert torch.allclose(s["u"], x, rtol=0, atol=1e-9)
+    assert s.stats.message[0].startswith("solved by casadi:ipopt from a fresh start, after: ")
+    assert s.stats.message[1] == ""
+
+
+def test_a_warm_start_that_misleads_is_followed_by_a_fresh_one():
+    x = torch.tensor([0.3, -0.2], dtype=D)
+    lost = ddn.solve(
+        VALLEY,
+        {"x": torch.tensor([1e9, -1e9], dtype=D)},
+        solver="casadi:ipopt",
+        initial=torch.tensor([1e9, -1e9], dtype=D),
+    )
+    s = ddn.solve(VALLEY, {"x": x}, solver="casadi:ipopt", warm_start=lost)
+    assert torch.allclose(s["u"], x, rtol=0, atol=1e-9)
+
+
+def test_explain_says_where_auto_starts(capsys):
+    assert "casadi:ipopt from another start" in ddn.compile(TWO_VALLEYS).explain()
+    capsys.readouterr()
+    assert "another start" not in ddn.compile(STRIP).explain()  # a QP
+
+
+def test_the_error_names_every_failing_sample():
+    x = torch.tensor([1.0, -1, 2, 3, 4, 5, 6, -2, 7, 8, -1, 9], dtype=D)
+    with pytest.raises(ddn.SolveError) as caught:
+        ddn.solve(STRIP, {"x": x})
+    message = str(caught.value)
+    assert message.startswith("9 of 12 samples have no verified solution: sample 0: infeasible (")
+    assert message.endswith("; infeasible too: samples 6, 8-9, 11")
+    assert "above" in message
+    assert "below" in message
+    good = caught.value.solution.converged
+    assert torch.equal(good, x < 0)
+    assert all(caught.value.solution.stats.message[i] for i in torch.nonzero(~good).flatten())
