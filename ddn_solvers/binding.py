@@ -144,6 +144,15 @@ def as_tensor(where: str, value: Any) -> torch.Tensor:
             got=str(tensor.dtype),
             fix="Convert it, for instance with .double().",
         )
+    if tensor.layout is not torch.strided:
+        raise ProblemError(
+            f"{where} is not dense",
+            expected="a strided tensor",
+            got=str(tensor.layout),
+            fix="Call .to_dense().",
+        )
+    if tensor.is_meta:
+        raise ProblemError(f"{where} holds no numbers", expected="a tensor with data", got="device meta")
     return tensor
 
 

@@ -20,6 +20,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from ddn_solvers.adapter import Feature, ProblemClass, QuadraticForm
 from ddn_solvers.arrays import Array
 from ddn_solvers.captures import Overrides
+from ddn_solvers.errors import ProblemError
 from ddn_solvers.evaluators import Evaluators
 from ddn_solvers.inertia import positive_definite
 from ddn_solvers.layout import Block, Layout
@@ -27,6 +28,7 @@ from ddn_solvers.pieces import Kink, Pieces, find_pieces, lift
 from ddn_solvers.problem import Problem
 from ddn_solvers.terms import Substitution, Term, evaluate
 from ddn_solvers.trace import Graph, dependent_nodes, operation_name, trace
+from ddn_solvers.validation import callable_name
 
 if TYPE_CHECKING:
     from ddn_solvers.lowering.callbacks import CallbackFunctions
@@ -285,7 +287,15 @@ class Program(Evaluators):
         inputs = dict(zip(names, [*variables, *blocks[:declared]], strict=True))
         originals = self.graph.read_captures(None)
         stand_ins = {id(t): block for t, block in zip(originals, blocks[declared:], strict=True)}
-        return evaluate(self.graph.terms, inputs, Substitution(stand_ins, tracing=False))
+        values = evaluate(self.graph.terms, inputs, Substitution(stand_ins, tracing=False))
+        for term, value, shape in zip(self.graph.terms, values, self.graph.shapes, strict=True):
+            if tuple(value.shape) != shape:
+                raise ProblemError(
+                    f"{term.label}, {callable_name(term.function)}, returns another shape than it did at first",
+                    expected=f"{shape} for all values",
+                    got=str(tuple(value.shape)),
+                )
+        return values
 
 
 def _not_called(**_: torch.Tensor) -> torch.Tensor:

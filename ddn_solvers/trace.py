@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -78,7 +80,10 @@ def trace(problem: Problem) -> Graph:
     accessors = list(seen.inputs)
     while True:
         with torch.enable_grad(), _quiet_tracer():
+            drawn = _random_state()
             module, shapes, undeclared, refusal = _attempt(problem, terms, captured)
+            if module is not None and _random_state() != drawn:  # by these functions, or by another thread
+                _refuse_random(module, _attempt(problem, terms, captured)[0])
         if not undeclared:
             break
         for tensor in undeclared:  # held by no accessor: the tensor itself is the accessor
@@ -88,6 +93,25 @@ def trace(problem: Problem) -> Graph:
         accessors, captured = _drop_unused(module, problem, accessors, captured)
     capture_shapes = tuple(tuple(tensor.shape) for tensor in captured)
     return Graph(module, terms, shapes, tuple(accessors), capture_shapes, seen, refusal)
+
+
+def _random_state() -> Any:
+    """Of the generators of Python and NumPy, from which numbers come that a graph takes for constants."""
+    name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002  # it is what users may draw from
+    return random.getstate(), name, np.asarray(keys).tobytes(), rest
+
+
+def _refuse_random(first: fx.GraphModule, again: fx.GraphModule | None) -> None:
+    """Two traces of the same functions have to be the same."""
+    same = again is not None and first.code == again.code
+    if again is not None and same:
+        constants = zip(first.buffers(), again.buffers(), strict=True)
+        same = all(torch.equal(a, b) for a, b in constants)
+    if not same:
+        raise TraceError(
+            "the problem's functions draw random numbers from Python's or NumPy's global generator, so the problem has "
+            "no fixed value. Draw them outside and pass them as a parameter."
+        )
 
 
 @contextlib.contextmanager
@@ -247,8 +271,15 @@ def _output_shapes(problem: Problem, terms: tuple[Term, ...]) -> tuple[Shape, ..
     named = {**problem.variables, **problem.parameters}
     inputs = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in named.items()}
     try:
-        values, again = (evaluate(terms, inputs, Substitution({}, tracing=False)) for _ in range(2))
-        if not all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(values, again, strict=True)):
+        states, results = [_random_state()], []
+        for _ in range(2):
+            results.append(evaluate(terms, inputs, Substitution({}, tracing=False)))
+            states.append(_random_state())
+        values, again = results
+        same = all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(values, again, strict=True))
+        if not same or (
+            states[0] != states[1] and states[1] != states[2]
+        ):  # a function may seed what it draws
             raise TraceError(
                 "the problem's functions return another value each time they are called; do they draw random "
                 "numbers? Draw them outside and pass them as a parameter."

@@ -14,6 +14,7 @@ import casadi as ca
 import numpy as np
 import torch
 
+from ddn_solvers.errors import DDNError
 from ddn_solvers.lowering.pattern import Pattern
 from ddn_solvers.lowering.to_casadi import KinkExpression
 
@@ -22,7 +23,11 @@ Evaluate = Callable[[torch.Tensor, Sequence[torch.Tensor]], tuple[torch.Tensor, 
 
 
 class _TorchCallback(ca.Callback):  # type: ignore[misc]  # casadi has no stubs
-    """A CasADi function whose numbers come from ``compute``."""
+    """A CasADi function whose numbers come from ``compute``.
+
+    Attributes:
+        refusal: The error of ours that ended the last evaluation, of which CasADi keeps the text alone.
+    """
 
     def __init__(
         self, name: str, sizes_in: Sequence[int], sizes_out: Sequence[int], compute: Callable[..., Any]
@@ -30,6 +35,7 @@ class _TorchCallback(ca.Callback):  # type: ignore[misc]  # casadi has no stubs
         ca.Callback.__init__(self)
         self._sizes_in, self._sizes_out, self._compute = sizes_in, sizes_out, compute
         self._reverse: list[_TorchCallback] = []  # casadi keeps no reference to what it was given
+        self.refusal: DDNError | None = None
         self.construct(name, {})
 
     def get_n_in(self) -> int:
@@ -46,8 +52,12 @@ class _TorchCallback(ca.Callback):  # type: ignore[misc]  # casadi has no stubs
 
     def eval(self, arguments: Sequence[Any]) -> list[Any]:
         tensors = [torch.tensor(a.full().reshape(-1), dtype=torch.float64) for a in arguments]
-        with torch.enable_grad():
-            return [ca.DM(t.detach().reshape(-1).numpy()) for t in self._compute(*tensors)]
+        try:
+            with torch.enable_grad():
+                return [ca.DM(t.detach().reshape(-1).numpy()) for t in self._compute(*tensors)]
+        except DDNError as error:
+            self.refusal = error
+            raise
 
     def has_reverse(self, seeds: int) -> bool:
         return seeds == 1

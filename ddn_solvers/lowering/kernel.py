@@ -55,7 +55,10 @@ class Kernel:
         for i, output in enumerate(outputs):
             if output.size:
                 buffer.set_res(i, output.reshape(-1).data)
-        trigger()
+        try:
+            trigger()
+        except RuntimeError as error:
+            raise getattr(self.function, "refusal", None) or error from None
         if buffer.ret():
             raise RuntimeError(f"evaluating {function.name()} failed")
         return outputs
