@@ -52,14 +52,15 @@ unit: export MKL_NUM_THREADS := 1
 unit: $(VENV)/.development
 	$(BIN)/pytest -n $(WORKERS) --maxprocesses 8
 
-# The property-based tests, forty times as many examples and anew each time; SEED=... runs one again.
+# The property-based tests, forty times as many examples and anew each time; SEED=... runs one again. And 20,000
+# calls of a layer whose memory must not grow.
 SEED ?= $(shell date +%s)
 fuzz: export DDN_FUZZ := 40
 fuzz: export OMP_NUM_THREADS := 1
 fuzz: export OPENBLAS_NUM_THREADS := 1
 fuzz: export MKL_NUM_THREADS := 1
 fuzz: $(VENV)/.development
-	$(BIN)/pytest -n $(WORKERS) --maxprocesses 8 --hypothesis-seed=$(SEED) tests/test_fuzz.py tests/test_fuzz_kinks.py
+	$(BIN)/pytest -n $(WORKERS) --maxprocesses 8 --hypothesis-seed=$(SEED) tests/test_fuzz.py tests/test_fuzz_kinks.py tests/test_soak.py
 
 clean:
 	rm -rf $(VENV) $(WHEEL_VENV) dist

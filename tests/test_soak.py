@@ -1,0 +1,45 @@
+"""Memory does not grow with the number of calls: 200 by default, 20,000 in ``make fuzz`` (which sets DDN_FUZZ)."""
+
+import os
+import resource
+
+import pytest
+import torch
+
+import ddn_solvers as ddn
+
+CALLS = 20_000 if "DDN_FUZZ" in os.environ else 200
+D = torch.float64
+
+
+def peak():
+    """Largest resident memory so far, MB (Linux counts kB)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+@pytest.mark.parametrize("solver", ["casadi:daqp", "casadi:ipopt", "scipy:SLSQP"])
+def test_memory_does_not_grow_with_calls(solver):
+    net = torch.nn.Linear(5, 5, dtype=D)
+    layer = ddn.DeclarativeLayer(
+        ddn.Problem(
+            {"u": (5,)},
+            {"x": (5,)},
+            lambda u, x: (u - net(x)).square().sum(),
+            {"sum": lambda u: u.sum()},
+            bounds={"u": (-1, 1)},
+        ),
+        solver=solver,
+        policy=ddn.Policy("mask"),
+    )
+    generator = torch.Generator().manual_seed(0)
+
+    def call():
+        x = torch.randn(2, 5, generator=generator, dtype=D, requires_grad=True)
+        layer(x).square().sum().backward()
+
+    for _ in range(CALLS // 5):
+        call()
+    before = peak()
+    for _ in range(CALLS):
+        call()
+    assert peak() - before < 2 + 1e-4 * CALLS  # MB: 100 bytes a call
