@@ -102,9 +102,9 @@ class Search:
         refusal: BackendCannotSolve | None = None
         attempts = self._attempts()
         for route in attempts:
-            remaining = np.flatnonzero(open_)
+            remaining = self._remaining(route, open_)
             if not remaining.size:
-                break
+                continue
             initial = starts[route.start]
             if route.lifted and route is not attempts[-1] and self._has_concave_kinks(bound, initial):
                 continue
@@ -128,6 +128,12 @@ class Search:
         given = [route for route in self.routes if route.start is Start.GIVEN]
         rest = [route for route in self.routes if route.start is not Start.GIVEN]
         return [*given, *(replace(route, start=Start.FRESH) for route in given), *rest]
+
+    def _remaining(self, route: Route, open_: Mask) -> Index:
+        """Samples that are to be tried; where the caller chose the start, a stationary point it led to stands."""
+        stands = self.initial is not None and route.start is not Start.GIVEN
+        left = [not (stands and status is Status.NOT_A_MINIMUM) for status in self.status]
+        return np.flatnonzero(open_ & np.array(left, dtype=bool))
 
     def _start(self, start: Start, samples: int) -> Array:
         n = self.program.variables.size

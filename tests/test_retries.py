@@ -53,6 +53,13 @@ def test_a_warm_start_that_misleads_is_followed_by_a_fresh_one():
     assert torch.allclose(s["u"], x, rtol=0, atol=1e-9)
 
 
+def test_a_maximum_stands_where_the_caller_chose_the_start():
+    x, start = torch.zeros((), dtype=D), torch.zeros((), dtype=D)
+    for solver in ("auto", "scipy:SLSQP"):
+        with pytest.raises(ddn.SolveError, match="not a minimum"):
+            ddn.solve(TWO_VALLEYS, {"x": x}, solver=solver, initial=start)
+
+
 def test_explain_says_where_auto_starts(capsys):
     assert "casadi:ipopt from another start" in ddn.compile(TWO_VALLEYS).explain()
     capsys.readouterr()
