@@ -88,9 +88,9 @@ class Search:
             np.ascontiguousarray(np.broadcast_to(s, (samples, s.shape[1]))) for s in (lower, upper)
         )
         bound = Bound(parameters, lower, upper)
-        starts = {s: np.clip(self._start(s, samples), lower, np.maximum(lower, upper)) for s in Start}
+        given = self._start(Start.GIVEN, lower, upper)
         self._reset(samples)
-        best = PrimalDual.resting(program, parameters, starts[Start.GIVEN].copy())
+        best = PrimalDual.resting(program, parameters, given.copy())
         crossed = lower > upper
         open_: Mask = np.logical_not(crossed.any(axis=1))
         for i in np.flatnonzero(~open_):
@@ -105,7 +105,7 @@ class Search:
             remaining = self._remaining(route, open_)
             if not remaining.size:
                 continue
-            initial = starts[route.start]
+            initial = given if route.start is Start.GIVEN else self._start(route.start, lower, upper)
             if route.lifted and route is not attempts[-1] and self._has_concave_kinks(bound, initial):
                 continue
             try:
@@ -135,15 +135,17 @@ class Search:
         left = [not (stands and status is Status.NOT_A_MINIMUM) for status in self.status]
         return np.flatnonzero(open_ & np.array(left, dtype=bool))
 
-    def _start(self, start: Start, samples: int) -> Array:
-        n = self.program.variables.size
+    def _start(self, start: Start, lower: Array, upper: Array) -> Array:
+        """Where the samples begin, (B, n), inside the bounds."""
+        z = np.zeros(lower.shape)
         if start is Start.ANOTHER:
-            return np.broadcast_to(np.random.default_rng(0).standard_normal(n), (samples, n))
-        if start is Start.GIVEN and self.initial is not None:
-            return np.broadcast_to(self.initial, (samples, n)) if len(self.initial) == 1 else self.initial
-        if start is Start.GIVEN and self.warm_start is not None and len(self.warm_start) == samples:
-            return np.stack([point.primal for point in self.warm_start])
-        return np.zeros((samples, n))
+            z += np.random.default_rng(0).standard_normal(self.program.variables.size)
+        elif start is Start.GIVEN and self.initial is not None:
+            z += self.initial
+        elif start is Start.GIVEN and self.warm_start is not None and len(self.warm_start) == len(z):
+            z = np.stack([point.primal for point in self.warm_start])
+        inside: Array = np.clip(z, lower, np.maximum(lower, upper))
+        return inside
 
     def _reset(self, samples: int) -> None:
         self.status = [Status.BACKEND_ERROR] * samples

@@ -51,6 +51,7 @@ def test_a_warm_start_that_misleads_is_followed_by_a_fresh_one():
     )
     s = ddn.solve(VALLEY, {"x": x}, solver="casadi:ipopt", warm_start=lost)
     assert torch.allclose(s["u"], x, rtol=0, atol=1e-9)
+    assert "from a fresh start" in s.stats.message[0]
 
 
 def test_a_maximum_stands_where_the_caller_chose_the_start():

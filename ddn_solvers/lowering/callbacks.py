@@ -52,6 +52,7 @@ class _TorchCallback(ca.Callback):  # type: ignore[misc]  # casadi has no stubs
 
     def eval(self, arguments: Sequence[Any]) -> list[Any]:
         tensors = [torch.tensor(a.full().reshape(-1), dtype=torch.float64) for a in arguments]
+        self.refusal = None
         try:
             with torch.enable_grad():
                 return [ca.DM(t.detach().reshape(-1).numpy()) for t in self._compute(*tensors)]
