@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+
+import torch
 
 from ddn_solvers.binding import Binding
 from ddn_solvers.certificate import Certificate
@@ -18,6 +20,7 @@ def assemble(
     status: tuple[Status, ...],
     stats: Stats,
     certificate: Callable[[], Certificate],
+    slacks: Mapping[str, torch.Tensor] | None = None,
 ) -> Solution:
     """Name every part of ``outputs``; all of it keeps its gradients."""
     give, m, n = binding.give_back, program.equality.size, program.variables.size
@@ -37,5 +40,6 @@ def assemble(
         converged=give(outputs.converged),
         residuals=Residuals(*(give(column) for column in outputs.residuals.unbind(-1))),
         stats=stats,
+        slacks=slacks,
         _certify=certificate,
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,6 +69,44 @@ class Certificate:
     policy: Policy
     distance: torch.Tensor
     reasons: tuple[str, ...]
+
+    def replaced(self, samples: Sequence[int], other: Certificate) -> Certificate:
+        """This certificate with what ``other`` says of its samples in place of ``samples``, row-major.
+
+        Args:
+            other: Of a batch of ``len(samples)`` and the same constraints; variables may follow behind.
+        """
+        index, batch = torch.tensor(samples), self.ok.shape
+
+        def put(mine: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+            rows = mine.reshape(self.ok.numel(), *mine.shape[len(batch) :])
+            return rows.index_copy(0, index, theirs).reshape(mine.shape)
+
+        def by_name(
+            mine: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]
+        ) -> dict[str, torch.Tensor]:
+            found = dict(mine)
+            for name, rows in theirs.items():
+                found[name] = put(
+                    mine.get(name, torch.zeros(*batch, *rows.shape[1:], dtype=torch.bool)), rows
+                )
+            for name in mine.keys() - theirs.keys():  # a kink is named only where some sample sits on it
+                found[name] = put(
+                    mine[name], torch.zeros(len(samples), *mine[name].shape[len(batch) :], dtype=torch.bool)
+                )
+            return found
+
+        n = self.null_space[samples[0]].shape[0]
+        null_space, reasons = list(self.null_space), list(self.reasons)
+        for k, i in enumerate(samples):
+            null_space[i], reasons[i] = other.null_space[k][:n], other.reasons[k]
+        merged: dict[str, Any] = {}
+        for name, mine in vars(self).items():
+            if isinstance(mine, torch.Tensor):
+                merged[name] = put(mine, getattr(other, name))
+            elif isinstance(mine, Mapping):
+                merged[name] = by_name(mine, getattr(other, name))
+        return replace(self, **merged, null_space=null_space, reasons=tuple(reasons))
 
     def __str__(self) -> str:
         samples = self.ok.numel()

@@ -46,8 +46,9 @@ from ddn_solvers.kkt.conditions import Cotangents
 from ddn_solvers.policy import Policy, as_policy
 from ddn_solvers.problem import Problem
 from ddn_solvers.program import Program, compile_program
+from ddn_solvers.routing import Solver, routes
 from ddn_solvers.search import Search
-from ddn_solvers.solve import Solver, as_options, conclude, routes, warn_if_callbacks
+from ddn_solvers.solve import as_options, conclude, warn_if_callbacks
 
 _SECOND_ORDER = (
     "a compiled layer has no second derivative (create_graph=True, double backward): leave torch.compile out, eager has "

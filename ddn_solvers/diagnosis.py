@@ -54,7 +54,7 @@ def nearest_feasible(program: Program, bound: Bound, z: Array) -> Array:
 
     def jacobian(values: Array) -> Array:
         evaluation = _evaluate(program, bound, embed(values))
-        violated = _violation(program, bound, embed(values)) > 0
+        violated = violation(program, bound, embed(values)) > 0
         violated[: program.equality.size] = True
         return (evaluation.jacobian[0, : program.constraints] * violated[:, None])[:, free]
 
@@ -62,7 +62,7 @@ def nearest_feasible(program: Program, bound: Bound, z: Array) -> Array:
         return start
     try:
         found = least_squares(
-            lambda values: _violation(program, bound, embed(values)),
+            lambda values: violation(program, bound, embed(values)),
             start[free],
             jacobian,
             (lower[free], upper[free]),
@@ -76,8 +76,8 @@ def nearest_feasible(program: Program, bound: Bound, z: Array) -> Array:
     return embed(found.x)
 
 
-def _violation(program: Program, bound: Bound, z: Array) -> Array:
-    """h and max(g, 0), (equalities + inequalities,)."""
+def violation(program: Program, bound: Bound, z: Array) -> Array:
+    """h and max(g, 0) at the point z (n,) of one sample, (equalities + inequalities,)."""
     c = program.values(z, bound.parameters)[1][0]
     c[program.equality.size :] = np.maximum(c[program.equality.size :], 0)
     return c
@@ -86,7 +86,7 @@ def _violation(program: Program, bound: Bound, z: Array) -> Array:
 def _infeasible(program: Program, bound: Bound, closest: Array, accuracy: float) -> tuple[Status, str] | None:
     if not _evaluate(program, bound, closest).scaled_feasibility[0] > accuracy:
         return None
-    residual = np.abs(_violation(program, bound, closest))
+    residual = np.abs(violation(program, bound, closest))
     largest, equalities = residual.max(), program.equality.size
     rows = [
         program.equality.element(int(i))

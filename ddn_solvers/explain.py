@@ -11,7 +11,8 @@ from ddn_solvers.adapter import ProblemClass
 from ddn_solvers.lowering.pattern import Pattern
 from ddn_solvers.problem import Problem, as_problem
 from ddn_solvers.program import Program, compile_program
-from ddn_solvers.solve import routes, warn_if_callbacks
+from ddn_solvers.routing import routes
+from ddn_solvers.solve import warn_if_callbacks
 
 _SHAPES = {0: "constant", 1: "affine", 2: "quadratic", None: "nonlinear"}
 

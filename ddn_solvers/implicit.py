@@ -170,7 +170,7 @@ def outputs_of(operation: Operation, verified: Verified) -> Outputs:
     point = evaluation.point
     arrays = [a.copy() for a in (point.z, point.y, point.lower, point.upper, evaluation.first.objective)]
     scale = np.ones(len(point.z))
-    if on_failure == "mask":
+    if on_failure in ("mask", "closest"):
         scale[~converged] = 0.0
         operation.failed = not converged.all()
     if on_failure == "nan":

@@ -15,8 +15,9 @@ from ddn_solvers.errors import ProblemError
 from ddn_solvers.policy import Policy, as_policy
 from ddn_solvers.problem import Problem, as_problem
 from ddn_solvers.program import compile_program
+from ddn_solvers.routing import Solver, routes
 from ddn_solvers.solution import DualSolution, Solution
-from ddn_solvers.solve import Solver, as_options, routes, solve_captured
+from ddn_solvers.solve import as_options, solve_captured
 from ddn_solvers.uncompiled import uncompiled
 
 
@@ -83,6 +84,7 @@ class DeclarativeLayer(torch.nn.Module):
             ProblemError, SolveError: As ``ddn.solve``.
         """
         plain = initial is None and warm_start is None and policy is None and not self.warm_start
+        plain = plain and as_policy(self.policy).on_failure != "closest"
         if plain and compiled.possible():
             values = compiled.forward(self, self._by_name(parameters, by_name))
         else:

@@ -12,7 +12,7 @@ import torch
 from ddn_solvers.errors import ProblemError
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "on_failure": ("raise", "warn", "nan", "mask"),
+    "on_failure": ("raise", "warn", "nan", "mask", "closest"),
     "on_singular": ("least_squares", "raise", "proximal"),
     "weakly_active": ("active", "inactive", "mean", "raise"),
     "nonsmooth": ("manifold", "clarke"),
@@ -27,7 +27,10 @@ class Policy:
     Attributes:
         on_failure: A sample without a verified solution: ``"raise"`` a ``SolveError``; ``"warn"``
             and return the last point; ``"nan"``: values and gradients NaN; ``"mask"``: the last
-            point with zero gradient.
+            point with zero gradient; ``"closest"``: of a sample that is infeasible, the point of smallest
+            violation with its own gradient, and ``solution.slacks``; any other failure raises. Smallest in
+            the sense of least squares, over all constraints as they are written, within the bounds; among
+            points alike in that, the best objective. To about 1e-5 relative: the objective pulls that much.
         on_singular: A singular KKT matrix: ``"least_squares"`` (minimum norm through the
             pseudo-inverse, one ``DegeneracyWarning``), ``"raise"``, or ``"proximal"`` (adds
             ``proximal / 2 |u - y|^2``; error O(proximal)).

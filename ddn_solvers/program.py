@@ -7,7 +7,7 @@ block, (B, size) or (size,) where all samples share it. Constraints are stacked,
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -279,6 +279,34 @@ class Program(Evaluators):
             ]
             sides.append(torch.cat(parts))
         return by_term["objective", ""], torch.cat([*rows, kinks]), sides[0], sides[1]
+
+    def evaluate_batch(self, z: torch.Tensor, parameters: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """``evaluate`` of points z (B, n); parameters (B, size) or shared (size,)."""
+        dims = (0, *(0 if block.dim() == 2 else None for block in parameters))
+        found: tuple[torch.Tensor, ...] = self.over_batch(lambda z, *p: self.evaluate(z, p), dims)(
+            z, *parameters
+        )
+        return found
+
+    def over_batch(self, function: Callable[..., Any], dims: Sequence[int | None]) -> Callable[..., Any]:
+        """A function made of ``evaluate`` over a batch; a loop where the problem's own cannot be vectorised.
+
+        Args:
+            dims: 0 for each argument with a batch dimension, the first among them, ``None`` for each without.
+        """
+        if self.traced:
+            return torch.func.vmap(function, in_dims=tuple(dims))
+
+        def loop(*arguments: torch.Tensor) -> Any:
+            rows = [
+                function(*(a if d is None else a[i] for a, d in zip(arguments, dims, strict=True)))
+                for i in range(len(arguments[0]))
+            ]
+            if isinstance(rows[0], tuple):
+                return tuple(torch.stack(column) for column in zip(*rows, strict=True))
+            return torch.stack(rows)
+
+        return loop
 
     def _call_functions(self, variables: list[torch.Tensor], blocks: list[torch.Tensor]) -> Any:
         """The user's functions themselves, with ``blocks`` in place of what they capture."""

@@ -117,8 +117,7 @@ class Evaluation:
         a flat coordinate whose second derivative came out as 1e-17 would be scaled up and taken for a curved one.
         """
         matrices = self._second
-        size = np.minimum(np.maximum(1.0, np.abs(self.point.z)), self.size)
-        rows = matrices.map(np.abs).scaled(size, size).row_sums()
+        rows = matrices.map(np.abs).scaled(self.own_size, self.own_size).row_sums()
         curved = rows > FLAT * _largest(rows)[:, None]
         return matrices if curved.all() else matrices.scaled(curved.astype(float), curved.astype(float))
 
@@ -315,12 +314,22 @@ class Evaluation:
         return np.minimum(units * length, size)
 
     @cached_property
+    def own_size(self) -> Array:
+        """Of each variable by itself, (B, n), at most w: of curvature nothing is felt beyond it.
+
+        With w instead, one variable that has run off to 1e20 would make any force beside the others' curvature
+        look small, and an unbounded problem solved.
+        """
+        own: Array = np.minimum(np.maximum(1.0, np.abs(self.point.z)), self.size)
+        return own
+
+    @cached_property
     def force(self) -> Array:
         """The unit of multipliers, (B, 1): what the objective changes by at most where a variable changes by its size.
 
         Multipliers do not enter it: where the objective exerts none, theirs is rounding.
         """
-        curvature = self.H.map(np.abs).scaled(self.size, self.size).largest()
+        curvature = self.H.map(np.abs).scaled(self.own_size, self.own_size).largest()
         kinks = _largest(self.kink_weights * self._kink_norms)
         forces = np.maximum.reduce([_largest(self.first.gradient * self.size), curvature, kinks])
         return np.where(forces > 0, forces, 1.0)[:, None]
@@ -355,7 +364,7 @@ class Evaluation:
     def scaled_stationarity(self) -> Array:
         """By row: residual over the forces that meet there, (B,)."""
         meeting = np.abs(self.first.gradient) + self.J.map(np.abs).transposed_times(np.abs(self.point.y))
-        curvature = self.H.map(np.abs).times(self.size)
+        curvature = self.H.map(np.abs).times(self.own_size)
         if not self.program.numbers.all():  # that of a norm near its zero is no force that could meet another
             largest = self._strength
             curvature = np.where(largest > 0, np.minimum(curvature, largest / self.size), curvature)

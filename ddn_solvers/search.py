@@ -88,7 +88,7 @@ class Search:
             np.ascontiguousarray(np.broadcast_to(s, (samples, s.shape[1]))) for s in (lower, upper)
         )
         bound = Bound(parameters, lower, upper)
-        given = self._start(Start.GIVEN, lower, upper)
+        given = self.start(Start.GIVEN, lower, upper)
         self._reset(samples)
         best = PrimalDual.resting(program, parameters, given.copy())
         crossed = lower > upper
@@ -105,7 +105,7 @@ class Search:
             remaining = self._remaining(route, open_)
             if not remaining.size:
                 continue
-            initial = given if route.start is Start.GIVEN else self._start(route.start, lower, upper)
+            initial = given if route.start is Start.GIVEN else self.start(route.start, lower, upper)
             if route.lifted and route is not attempts[-1] and self._has_concave_kinks(bound, initial):
                 continue
             try:
@@ -135,7 +135,7 @@ class Search:
         left = [not (stands and status is Status.NOT_A_MINIMUM) for status in self.status]
         return np.flatnonzero(open_ & np.array(left, dtype=bool))
 
-    def _start(self, start: Start, lower: Array, upper: Array) -> Array:
+    def start(self, start: Start, lower: Array, upper: Array) -> Array:
         """Where the samples begin, (B, n), inside the bounds."""
         z = np.zeros(lower.shape)
         if start is Start.ANOTHER:

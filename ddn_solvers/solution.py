@@ -91,6 +91,9 @@ class Solution:
         converged: Bool tensor of the batch's shape.
         residuals: See ``Residuals``.
         stats: See ``Stats``.
+        slacks: With ``Policy(on_failure="closest")``, else ``None``: by constraint name and
+            ``"variable.lower"`` / ``"variable.upper"``, (*batch, *shape), by how much the returned point of an
+            infeasible sample violates a constraint (an equality with its sign); zero for all other samples.
     """
 
     primal: Mapping[str, torch.Tensor]
@@ -100,6 +103,7 @@ class Solution:
     converged: torch.Tensor
     residuals: Residuals
     stats: Stats
+    slacks: Mapping[str, torch.Tensor] | None
     _certify: Callable[[], Certificate] = field(repr=False)
 
     def __getitem__(self, variable: str) -> torch.Tensor:

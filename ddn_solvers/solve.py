@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from ddn_solvers import registry
-from ddn_solvers.adapter import Feature, Options, Point, ProblemClass
+from ddn_solvers.adapter import Options, Point
 from ddn_solvers.arrays import Array
 from ddn_solvers.assembly import assemble
 from ddn_solvers.binding import Binding, bind, flat_batch, flat_point, initial_batch
 from ddn_solvers.captures import Overrides
 from ddn_solvers.certificate import Certificate, certify
+from ddn_solvers.closest import Closest, replace_infeasible
 from ddn_solvers.errors import (
-    BackendCannotSolve,
-    BackendNotInstalled,
     ConvergenceWarning,
     FallbackWarning,
     ProblemError,
@@ -28,27 +24,16 @@ from ddn_solvers.errors import (
     warn_caller,
 )
 from ddn_solvers.implicit import Operation, Outputs, apply
-from ddn_solvers.kkt.operator import large_and_sparse
 from ddn_solvers.layout import Layout
 from ddn_solvers.policy import Policy, as_policy
 from ddn_solvers.problem import Problem, as_problem
 from ddn_solvers.program import Program, compile_program
-from ddn_solvers.search import Route, Search, Start
+from ddn_solvers.routing import Solver, routes
+from ddn_solvers.search import Search
 from ddn_solvers.solution import Solution, Stats, Status
 from ddn_solvers.uncompiled import uncompiled
 
-Solver = str | Sequence[str]
-
-# What "auto" tries, in order, by problem class; entries that cannot take the problem are passed over.
-AUTO: Mapping[ProblemClass, tuple[str, ...]] = {
-    ProblemClass.LP: ("scipy:highs", "casadi:ipopt"),
-    ProblemClass.QP: ("casadi:daqp", "casadi:ipopt"),
-    ProblemClass.LEAST_SQUARES: ("casadi:ipopt", "scipy:SLSQP"),
-    ProblemClass.NLP: ("casadi:ipopt", "scipy:SLSQP"),
-}
-AUTO_SPARSE_QP = ("casadi:ipopt", "cvxpy:CLARABEL")  # DAQP's algebra is dense
 _EXPLAINED = 5  # failed samples whose reasons a message gives; of the others it gives number and status
-AUTO_NONSMOOTH = ("cvxpy:CLARABEL", "casadi:ipopt", "scipy:SLSQP")
 
 
 @uncompiled
@@ -120,14 +105,20 @@ def solve_captured(
         warm_start=_warm_points(program, warm_start, binding),
     )
     search.operation = Operation(program, policy, search.find)
-    return conclude(search, binding, apply(search.operation, binding.blocks), started)
+    outputs, closest = apply(search.operation, binding.blocks), None
+    if policy.on_failure == "closest":
+        outputs, closest = replace_infeasible(search, binding, outputs, solver)
+    return conclude(search, binding, outputs, started, closest)
 
 
-def conclude(search: Search, binding: Binding, outputs: Outputs, started: float) -> Solution:
+def conclude(
+    search: Search, binding: Binding, outputs: Outputs, started: float, closest: Closest | None = None
+) -> Solution:
     """What a search has found, as the caller's ``Solution``; failures as the policy says.
 
     Args:
         started: When the call began, by ``time.perf_counter``.
+        closest: Samples for which ``outputs`` has the closest point instead of a solution.
 
     Raises:
         SolveError: As ``solve``.
@@ -142,89 +133,13 @@ def conclude(search: Search, binding: Binding, outputs: Outputs, started: float)
 
     def certificate() -> Certificate:
         assert search.verified is not None
-        return certify(search.verified, search.policy, binding.batch, np.zeros(len(search.status)))
+        found = certify(search.verified, search.policy, binding.batch, np.zeros(len(search.status)))
+        return found if closest is None else closest.vouch(found)
 
-    solution = assemble(search.program, binding, outputs, tuple(search.status), stats, certificate)
-    report_failures(solution, search, search.policy)
+    slacks = None if closest is None else closest.slacks
+    solution = assemble(search.program, binding, outputs, tuple(search.status), stats, certificate, slacks)
+    report_failures(solution, search, () if closest is None else closest.samples)
     return solution
-
-
-# -- routing ------------------------------------------------------------------------------------------
-
-
-def routes(solver: Solver, program: Program) -> list[Route]:
-    """What to try, in order; at least one."""
-    if isinstance(solver, str):
-        if solver == "auto":
-            return _auto(program)
-        return _named(solver, program)
-    if not isinstance(solver, Sequence) or not solver or not all(isinstance(s, str) for s in solver):
-        raise ProblemError(
-            "solver is not a name", expected="'backend', 'backend:method', 'auto' or a list", got=repr(solver)
-        )
-    found: list[Route] = []
-    refusal: BackendCannotSolve | None = None
-    for name in solver:
-        try:
-            found += _auto(program) if name == "auto" else _named(name, program)
-        except BackendCannotSolve as error:
-            refusal = error
-    if not found and refusal is not None:
-        raise refusal
-    return found
-
-
-def _named(name: str, program: Program) -> list[Route]:
-    """The routes of one name: with kinks lifted first, unless the method models them itself."""
-    lifted = _lifted(name, program)
-    try:
-        plain = _route(name, program)
-    except BackendCannotSolve:
-        if not lifted:
-            raise
-        return lifted
-    return [plain] if plain.method.kinks else [*lifted, plain]
-
-
-def _lifted(name: str, program: Program) -> list[Route]:
-    if program.lifted is None:
-        return []
-    try:
-        return [replace(_route(name, program.lifted), lifted=True)]
-    except BackendCannotSolve:
-        return []
-
-
-def _route(name: str, program: Program) -> Route:
-    adapter, method = registry.resolve(name, program)
-    return Route(name.partition(":")[0], adapter, method)
-
-
-def _auto_names(program: Program) -> tuple[str, ...]:
-    sparse = large_and_sparse(program.hessian_pattern, program.jacobian_pattern)
-    return (
-        AUTO_SPARSE_QP if sparse and program.problem_class is ProblemClass.QP else AUTO[program.problem_class]
-    )
-
-
-def _auto(program: Program) -> list[Route]:
-    found: list[Route] = []
-    smooth = program.lifted or program
-    attempts = [(name, smooth) for name in _auto_names(smooth)] if program.lifted else []
-    names = AUTO_NONSMOOTH if Feature.NONSMOOTH in program.features else _auto_names(program)
-    for name, form in [*attempts, *((name, program) for name in names)]:
-        try:
-            found.append(replace(_route(name, form), lifted=form is not program))
-        except (BackendCannotSolve, BackendNotInstalled):
-            continue
-    if not found:
-        raise BackendCannotSolve(
-            "no installed backend can solve this problem; see ddn.compile(problem).explain()"
-        )
-    if program.problem_class in (ProblemClass.LP, ProblemClass.QP):
-        return found  # where one starts says nothing about where these end
-    local = (r for r in found if Feature.NONCONVEX in r.method.features and not r.lifted)
-    return [*found, *(replace(route, start=Start.ANOTHER) for route in itertools.islice(local, 1))]
 
 
 def as_options(options: Mapping[str, Any] | None) -> Options:
@@ -279,10 +194,15 @@ def _warm_points(program: Program, warm_start: Solution | None, binding: Binding
 # -- failures -----------------------------------------------------------------------------------------
 
 
-def report_failures(solution: Solution, search: Search, policy: Policy) -> None:
-    """Raise or warn about samples without a verified solution, as the policy says."""
-    failed = [i for i, status in enumerate(search.status) if status is not Status.OPTIMAL]
-    if not failed or policy.on_failure in ("nan", "mask"):
+def report_failures(solution: Solution, search: Search, replaced: Sequence[int]) -> None:
+    """Raise or warn about samples without a verified solution, as the policy says.
+
+    Args:
+        replaced: Samples for which the policy has put another point already.
+    """
+    on_failure = search.policy.on_failure
+    failed = [i for i, s in enumerate(search.status) if s is not Status.OPTIMAL and i not in replaced]
+    if not failed or on_failure in ("nan", "mask"):
         return
     total = len(search.status)
     shown = [
@@ -298,9 +218,10 @@ def report_failures(solution: Solution, search: Search, policy: Policy) -> None:
     )
     who = f"{len(failed)} of {total} samples have" if total > 1 else "the problem has"
     message = f"{who} no verified solution: {'; '.join(shown)}{more}"
-    if policy.on_failure == "raise":
+    if on_failure == "warn":
+        warn_caller(message, ConvergenceWarning)
+    else:
         raise SolveError(message, solution)
-    warn_caller(message, ConvergenceWarning)
 
 
 def _ranges(samples: Sequence[int]) -> str:

@@ -79,3 +79,14 @@ def test_the_error_names_every_failing_sample():
     good = caught.value.solution.converged
     assert torch.equal(good, x < 0)
     assert all(caught.value.solution.stats.message[i] for i in torch.nonzero(~good).flatten())
+
+
+@pytest.mark.parametrize(
+    "solver", ["auto", "casadi:ipopt", "scipy:SLSQP", "scipy:trust-constr", "cvxpy:CLARABEL"]
+)
+@pytest.mark.parametrize("curvature", [1.0, 1e5])
+def test_a_variable_that_runs_off_does_not_hide_the_force_on_it(solver, curvature):
+    """Beside curvature times 1e20 squared any force looked like rounding, and u[1] = -1e20 like a solution."""
+    problem = ddn.Problem({"u": (2,)}, {}, lambda u: curvature * (u[0] - 1).square() + u[1])
+    with pytest.raises(ddn.SolveError, match=r"unbounded|numerical error"):
+        ddn.solve(problem, {}, solver=solver)

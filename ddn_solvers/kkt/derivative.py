@@ -317,21 +317,8 @@ class TorchLinearisation:
         return self.program.evaluate(z, p, sigma)[1]
 
     def _map(self, function: Callable[..., Any], weights: int = 0, twice: bool = False) -> Callable[..., Any]:
-        """``function`` over the batch; a loop where the problem's functions cannot be vectorised."""
         dims = (0, 0, 0, *([0] * weights), *(self._dims * 2 if twice else self._dims))
-        if self.program.traced:
-            return torch.func.vmap(function, in_dims=dims)
-
-        def loop(*arguments: torch.Tensor) -> Any:
-            rows = [
-                function(*(a if d is None else a[i] for a, d in zip(arguments, dims, strict=True)))
-                for i in range(len(self.z))
-            ]
-            if isinstance(rows[0], tuple):
-                return tuple(torch.stack(column) for column in zip(*rows, strict=True))
-            return torch.stack(rows)
-
-        return loop
+        return self.program.over_batch(function, dims)
 
 
 def _directional(function: Callable[..., Any], p: Sequence[torch.Tensor], dp: Sequence[torch.Tensor]) -> Any:

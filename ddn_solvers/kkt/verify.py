@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ddn_solvers.active_set import ActiveSet, identify, off_kinks, settled
-from ddn_solvers.arrays import Array, Mask
+from ddn_solvers.arrays import Array, Index, Mask
 from ddn_solvers.kkt.curvature import curvature, surely_minimal
 from ddn_solvers.kkt.multipliers import canonical_multipliers
 from ddn_solvers.kkt.polish import Polished, kkt_system, polish
@@ -50,6 +50,17 @@ class Verified:
     status: tuple[Status, ...]
     reasons: tuple[str, ...]
     system: System | None = None
+
+    def take(self, samples: Index) -> Verified:
+        """What was established about some samples, by index."""
+        return Verified(
+            self.evaluation.take(samples),
+            self.active.take(samples),
+            self.singular[samples],
+            self.condition[samples],
+            tuple(self.status[i] for i in samples),
+            tuple(self.reasons[i] for i in samples),
+        )
 
     @property
     def degenerate(self) -> bool:

@@ -1,0 +1,101 @@
+"""From the name of a solver to what is tried, in order: backend, method, form of the problem, and where it begins."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from ddn_solvers import registry
+from ddn_solvers.adapter import Feature, ProblemClass
+from ddn_solvers.errors import BackendCannotSolve, BackendNotInstalled, ProblemError
+from ddn_solvers.kkt.operator import large_and_sparse
+from ddn_solvers.program import Program
+from ddn_solvers.search import Route, Start
+
+Solver = str | Sequence[str]
+
+# What "auto" tries, in order, by problem class; entries that cannot take the problem are passed over.
+AUTO: Mapping[ProblemClass, tuple[str, ...]] = {
+    ProblemClass.LP: ("scipy:highs", "casadi:ipopt"),
+    ProblemClass.QP: ("casadi:daqp", "casadi:ipopt"),
+    ProblemClass.LEAST_SQUARES: ("casadi:ipopt", "scipy:SLSQP"),
+    ProblemClass.NLP: ("casadi:ipopt", "scipy:SLSQP"),
+}
+AUTO_SPARSE_QP = ("casadi:ipopt", "cvxpy:CLARABEL")  # DAQP's algebra is dense
+AUTO_NONSMOOTH = ("cvxpy:CLARABEL", "casadi:ipopt", "scipy:SLSQP")
+
+
+def routes(solver: Solver, program: Program) -> list[Route]:
+    """What to try, in order; at least one."""
+    if isinstance(solver, str):
+        if solver == "auto":
+            return _auto(program)
+        return _named(solver, program)
+    if not isinstance(solver, Sequence) or not solver or not all(isinstance(s, str) for s in solver):
+        raise ProblemError(
+            "solver is not a name", expected="'backend', 'backend:method', 'auto' or a list", got=repr(solver)
+        )
+    found: list[Route] = []
+    refusal: BackendCannotSolve | None = None
+    for name in solver:
+        try:
+            found += _auto(program) if name == "auto" else _named(name, program)
+        except BackendCannotSolve as error:
+            refusal = error
+    if not found and refusal is not None:
+        raise refusal
+    return found
+
+
+def _named(name: str, program: Program) -> list[Route]:
+    """The routes of one name: with kinks lifted first, unless the method models them itself."""
+    lifted = _lifted(name, program)
+    try:
+        plain = _route(name, program)
+    except BackendCannotSolve:
+        if not lifted:
+            raise
+        return lifted
+    return [plain] if plain.method.kinks else [*lifted, plain]
+
+
+def _lifted(name: str, program: Program) -> list[Route]:
+    if program.lifted is None:
+        return []
+    try:
+        return [replace(_route(name, program.lifted), lifted=True)]
+    except BackendCannotSolve:
+        return []
+
+
+def _route(name: str, program: Program) -> Route:
+    adapter, method = registry.resolve(name, program)
+    return Route(name.partition(":")[0], adapter, method)
+
+
+def _auto_names(program: Program) -> tuple[str, ...]:
+    sparse = large_and_sparse(program.hessian_pattern, program.jacobian_pattern)
+    return (
+        AUTO_SPARSE_QP if sparse and program.problem_class is ProblemClass.QP else AUTO[program.problem_class]
+    )
+
+
+def _auto(program: Program) -> list[Route]:
+    found: list[Route] = []
+    smooth = program.lifted or program
+    attempts = [(name, smooth) for name in _auto_names(smooth)] if program.lifted else []
+    names = AUTO_NONSMOOTH if Feature.NONSMOOTH in program.features else _auto_names(program)
+    for name, form in [*attempts, *((name, program) for name in names)]:
+        try:
+            found.append(replace(_route(name, form), lifted=form is not program))
+        except (BackendCannotSolve, BackendNotInstalled):
+            continue
+    if not found:
+        raise BackendCannotSolve(
+            "no installed backend can solve this problem; see ddn.compile(problem).explain()"
+        )
+    if program.problem_class in (ProblemClass.LP, ProblemClass.QP):
+        return found  # where one starts says nothing about where these end
+    local = (r for r in found if Feature.NONCONVEX in r.method.features and not r.lifted)
+    return [*found, *(replace(route, start=Start.ANOTHER) for route in itertools.islice(local, 1))]
