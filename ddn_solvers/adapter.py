@@ -103,12 +103,14 @@ class Options:
         max_iter: Iterations, or ``None`` for the backend's default.
         time_limit: Seconds of wall time for one sample, or ``None``.
         tolerance: The backend's own stopping tolerance, or ``None`` for a tight one.
+        isolate: Run the backend in a process of its own; adapters see nothing of it.
         native: Options under the backend's own names; unknown ones are a ``ProblemError``.
     """
 
     max_iter: int | None = None
     time_limit: float | None = None
     tolerance: float | None = None
+    isolate: bool = False
     native: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -404,6 +406,19 @@ class Adapter(abc.ABC):
         if fallback:
             warn_caller(fallback, FallbackWarning)
         return points
+
+    def attempt_batch(self, batch: Batch) -> list[Point]:
+        """``solve_batch``, where an exception of the backend's own fails its samples alone.
+
+        Raises:
+            DDNError, KeyboardInterrupt: As ``attempt``.
+        """
+        try:
+            return self.solve_batch(batch)
+        except DDNError:
+            raise
+        except Exception:  # of some sample: ask one by one
+            return [self.attempt(batch[i]) for i in range(len(batch))]
 
     def attempt(self, instance: Instance) -> Point:
         """``solve``, where an exception of the backend's own fails that sample alone.

@@ -27,7 +27,13 @@ _UNIT, _PENALTY = "slack_unit_", "slack_penalty_"  # the last two declared param
 
 def elastic(program: Program) -> Program:
     """The elastic problem of ``program``, made once: s are its last variables, then it has two more parameters."""
-    return program.memo("elastic", lambda: _elastic(program))
+
+    def build() -> Program:
+        relaxed = _elastic(program)
+        relaxed.origin = program, "elastic"
+        return relaxed
+
+    return program.memo("elastic", build)
 
 
 def _elastic(program: Program) -> Program:

@@ -48,7 +48,10 @@ class Program(Evaluators):
         variables, equality, inequality: Layouts of z, h and g.
         parameters: One block for each declared parameter, then one for each captured tensor.
         refusal: Why the functions are torch callbacks; ``None`` where they are compiled.
+        origin: The program that this one is derived from, and how; ``None`` for a declared problem's own.
     """
+
+    origin: tuple[Program, str] | None = None
 
     def __init__(self, problem: Problem, graph: Graph) -> None:
         self.problem, self.graph = problem, graph
@@ -162,7 +165,9 @@ class Program(Evaluators):
             terms=(*self.graph.terms, Term("inequality", _LIFTED, _not_called, ())),
             shapes=(*self.graph.shapes, (rows,)),
         )
-        return Program(problem, graph)
+        lifted = Program(problem, graph)
+        lifted.origin = self, "lifted"
+        return lifted
 
     @cached_property
     def kinks(self) -> tuple[Kink, ...]:

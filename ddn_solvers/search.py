@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from ddn_solvers import isolation
 from ddn_solvers.adapter import Adapter, Batch, Feature, Method, Options, Point, ProblemClass
 from ddn_solvers.arrays import Array, Index, Mask
 from ddn_solvers.binding import check_finite
 from ddn_solvers.diagnosis import diagnose, nearest_feasible
-from ddn_solvers.errors import BackendCannotSolve, DDNError
+from ddn_solvers.errors import BackendCannotSolve
 from ddn_solvers.implicit import Operation, Outputs, outputs_of
 from ddn_solvers.kkt.multipliers import least_squares_multipliers, with_kink_forces
 from ddn_solvers.kkt.verify import Verified, verify
@@ -166,12 +167,8 @@ class Search:
                 for side, value in ((initial, 1.0), (lower, -np.inf), (upper, np.inf))
             )
         batch = Batch(program, bound.parameters, lower, upper, start, route.method.name, self.options, warm)
-        try:
-            points = route.adapter.solve_batch(batch)
-        except DDNError:
-            raise
-        except Exception:  # of some sample: ask one by one
-            points = [route.adapter.attempt(batch[i]) for i in range(len(batch))]
+        attempt = isolation.attempt_batch if self.options.isolate else Adapter.attempt_batch
+        points = attempt(route.adapter, batch)
         points = [self._checked(point, z) for point, z in zip(points, start, strict=True)]
         return [self._lowered(point) for point in points] if route.lifted else points
 

@@ -58,8 +58,9 @@ def solve(
             default zero, moved into the bounds. Samples that fail from there are tried from the default.
         warm_start: An earlier ``Solution`` of the same batch: point and multipliers to start from, with
             the same retry.
-        options: ``max_iter``, ``time_limit`` (seconds a sample), ``tolerance``, and native options of
-            the backend.
+        options: ``max_iter``, ``time_limit`` (seconds a sample), ``tolerance``, ``isolate`` (``True``: the
+            backend runs in a process of its own, which may crash or be ended), and native options of the
+            backend.
         policy: What to do about failures and degenerate derivatives.
 
     Returns:
@@ -143,7 +144,7 @@ def conclude(
 
 
 def as_options(options: Mapping[str, Any] | None) -> Options:
-    """The limits that every adapter translates, split from the backend's native options."""
+    """What every adapter translates, or never sees, split from the backend's native options."""
     native = dict(options or {})
     limits: dict[str, Any] = {}
     for name, kind in (("max_iter", int), ("time_limit", float), ("tolerance", float)):
@@ -156,7 +157,10 @@ def as_options(options: Mapping[str, Any] | None) -> Options:
                 f"option {name!r} is not valid", expected=f"a positive {kind.__name__}", got=repr(value)
             )
         limits[name] = kind(value)
-    return Options(**limits, native=native)
+    isolate = native.pop("isolate", False)
+    if not isinstance(isolate, bool):
+        raise ProblemError("option 'isolate' is not valid", expected="True or False", got=repr(isolate))
+    return Options(**limits, isolate=isolate, native=native)
 
 
 def _warm_points(program: Program, warm_start: Solution | None, binding: Binding) -> list[Point] | None:
