@@ -1,6 +1,6 @@
 """``on_failure="closest"``: samples that have no feasible point, at the point of smallest violation.
 
-They are solved a second time, as elastic problems (``elastic.py``), whose solutions are differentiated like any
+They are solved a second time, as elastic problems (``derived.py``), whose solutions are differentiated like any
 other: their gradient is exact for the penalty that was chosen.
 """
 
@@ -17,8 +17,8 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from ddn_solvers.arrays import Array, Index
 from ddn_solvers.binding import Binding
 from ddn_solvers.certificate import Certificate, certify
+from ddn_solvers.derived import elastic, with_extra
 from ddn_solvers.diagnosis import nearest_feasible, violation
-from ddn_solvers.elastic import elastic
 from ddn_solvers.errors import BackendCannotSolve, ProblemError
 from ddn_solvers.implicit import Operation, Outputs, apply
 from ddn_solvers.kkt.verify import Verified
@@ -114,8 +114,8 @@ def _solve_elastic(
     with temporarily_clear_interpreter_stack():  # numbers, inside of a torch.func transform too
         starts = [_start(search.program, bound.take([k]), z) for k, z in enumerate(given)]
     start, unit, penalty = (np.stack(column) for column in zip(*starts, strict=True))
-    blocks, declared = _taken(binding.blocks, samples), len(search.program.problem.parameters)
     weights = [torch.from_numpy(unit), torch.from_numpy(penalty)]
+    blocks = with_extra(search.program, _taken(binding.blocks, samples), weights)
     relaxed, options = elastic(search.program), search.options
     try:
         tried = routes(solver, relaxed)
@@ -133,7 +133,7 @@ def _solve_elastic(
         warm_start=None,
     )
     again.operation = Operation(relaxed, policy, again.find)
-    return again, apply(again.operation, [*blocks[:declared], *weights, *blocks[declared:]]), bound
+    return again, apply(again.operation, blocks), bound
 
 
 def _taken(blocks: Sequence[torch.Tensor], samples: Index) -> list[torch.Tensor]:

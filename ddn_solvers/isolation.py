@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ddn_solvers.adapter import Adapter, Batch, Point
-from ddn_solvers.elastic import elastic
+from ddn_solvers.derived import FORMS
 from ddn_solvers.errors import BackendNotInstalled, ProblemError
 from ddn_solvers.problem import Problem
 from ddn_solvers.program import Program, compile_program
@@ -173,7 +173,6 @@ def _by_value(value: Any, what: str) -> bytes:
 # -- in the worker ------------------------------------------------------------------------------------
 
 _PROGRAMS: dict[str, Program] = {}
-_DERIVED: dict[str, Callable[[Program], Program | None]] = {"lifted": lambda p: p.lifted, "elastic": elastic}
 
 
 def _prepare(key: str, declaration: bytes) -> None:
@@ -181,7 +180,7 @@ def _prepare(key: str, declaration: bytes) -> None:
     program: Program | None = compile_program(Problem(**declared))
     for step in steps:
         assert program is not None
-        program = _DERIVED[step](program)
+        program = FORMS[step](program)
     assert program is not None
     _PROGRAMS[key] = program
     while len(_PROGRAMS) > _REMEMBERED:

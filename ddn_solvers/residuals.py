@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from ddn_solvers.adapter import ProblemClass
 from ddn_solvers.arrays import Array
 from ddn_solvers.evaluators import Evaluators, FirstOrder
 from ddn_solvers.lowering.pattern import Matrices
@@ -30,6 +31,7 @@ from ddn_solvers.program import Program
 from ddn_solvers.units import FLAT, units_of
 
 _TINY = 1e-300
+_SMALLEST = 1e-9  # size of the variables relative to 1 that may not be rounding
 _NOTHING = 1e-9  # relative size of the forces that meet in a row below which they are not told apart
 _ROUNDING = 1e-13  # relative force that counts as none
 _VANISHING = 1e-2  # of the change of a row's gradient over a hundredth of the point's size
@@ -306,12 +308,53 @@ class Evaluation:
     def size(self) -> Array:
         """w, by which changes of the variables are measured, (B, n): never more than max(1, |z|)."""
         z = self.point.z
-        size = np.broadcast_to(np.maximum(1.0, _largest(z))[:, None], z.shape)
+        size = np.broadcast_to(np.maximum(self.reference, _largest(z))[:, None], z.shape)
         units = units_of(self._second, self.J)
         if units is None:
             return size
         length = np.maximum(1.0, _largest(z / units))[:, None]
         return np.minimum(units * length, size)
+
+    @cached_property
+    def reference(self) -> Array:
+        """What counts as small for the variables as a whole, (B,): 1, or ``length`` where that is less.
+
+        Below 1e-9 what is small may be rounding.
+        """
+        found: Array = np.clip(self.length, _SMALLEST, 1.0)
+        return found
+
+    @cached_property
+    def length(self) -> Array:
+        """Of the numbers of which an LP or QP is made, seen as points, the largest, (B,); 1 where there is none.
+
+        Its bounds, how far its constraints are from zero, |c(0)| / |J|, and the minimum of its objective, |q| / P and
+        sqrt(2 |f(0)| / P). Of other problems nothing is known: 1.
+        """
+        z = self.point.z
+        if self.program.problem_class not in (ProblemClass.LP, ProblemClass.QP):
+            return np.ones(len(z))
+        first, curvature = self.first, self._second.diagonal()
+        bends = self._second.times(z)
+        q = first.gradient - bends
+        at_zero = first.objective - ((first.gradient - bends / 2) * z).sum(axis=1)
+        steepest, most = _largest(q), _largest(curvature)
+        with np.errstate(all="ignore"):
+            lengths = [
+                _largest(z),
+                *(
+                    _largest(np.where(np.isfinite(side), side, 0.0))
+                    for side in (self.bound.lower, self.bound.upper)
+                ),
+                _largest(np.nan_to_num((first.constraints - self.J.times(z)) / self.row_norms)),
+                _largest(np.where(curvature != 0, q / curvature, 0.0)),
+                np.where(
+                    most > 0, np.sqrt(2 * np.abs(at_zero) / most), np.nan_to_num(np.abs(at_zero) / steepest)
+                ),
+            ]
+        length = np.maximum.reduce(lengths)
+        found: Array = np.where((length > 0) & np.isfinite(length), length, 1.0)
+        return found
 
     @cached_property
     def own_size(self) -> Array:
@@ -320,7 +363,7 @@ class Evaluation:
         With w instead, one variable that has run off to 1e20 would make any force beside the others' curvature
         look small, and an unbounded problem solved.
         """
-        own: Array = np.minimum(np.maximum(1.0, np.abs(self.point.z)), self.size)
+        own: Array = np.minimum(np.maximum(self.reference[:, None], np.abs(self.point.z)), self.size)
         return own
 
     @cached_property

@@ -11,7 +11,7 @@ from ddn_solvers.adapter import Feature, ProblemClass
 from ddn_solvers.errors import BackendCannotSolve, BackendNotInstalled, ProblemError
 from ddn_solvers.kkt.operator import large_and_sparse
 from ddn_solvers.program import Program
-from ddn_solvers.search import Route, Start
+from ddn_solvers.search import Form, Route, Start
 
 Solver = str | Sequence[str]
 
@@ -64,7 +64,7 @@ def _lifted(name: str, program: Program) -> list[Route]:
     if program.lifted is None:
         return []
     try:
-        return [replace(_route(name, program.lifted), lifted=True)]
+        return [replace(_route(name, program.lifted), form=Form.LIFTED)]
     except BackendCannotSolve:
         return []
 
@@ -88,7 +88,7 @@ def _auto(program: Program) -> list[Route]:
     names = AUTO_NONSMOOTH if Feature.NONSMOOTH in program.features else _auto_names(program)
     for name, form in [*attempts, *((name, program) for name in names)]:
         try:
-            found.append(replace(_route(name, form), lifted=form is not program))
+            found.append(replace(_route(name, form), form=Form.DECLARED if form is program else Form.LIFTED))
         except (BackendCannotSolve, BackendNotInstalled):
             continue
     if not found:
@@ -97,5 +97,5 @@ def _auto(program: Program) -> list[Route]:
         )
     if program.problem_class in (ProblemClass.LP, ProblemClass.QP):
         return found  # where one starts says nothing about where these end
-    local = (r for r in found if Feature.NONCONVEX in r.method.features and not r.lifted)
+    local = (r for r in found if Feature.NONCONVEX in r.method.features and r.form is Form.DECLARED)
     return [*found, *(replace(route, start=Start.ANOTHER) for route in itertools.islice(local, 1))]

@@ -13,6 +13,7 @@ from ddn_solvers import isolation
 from ddn_solvers.adapter import Adapter, Batch, Feature, Method, Options, Point, ProblemClass
 from ddn_solvers.arrays import Array, Index, Mask
 from ddn_solvers.binding import check_finite
+from ddn_solvers.derived import scaled, with_extra
 from ddn_solvers.diagnosis import diagnose, nearest_feasible
 from ddn_solvers.errors import BackendCannotSolve
 from ddn_solvers.implicit import Operation, Outputs, outputs_of
@@ -23,6 +24,7 @@ from ddn_solvers.program import Program
 from ddn_solvers.residuals import Bound, Evaluation, PrimalDual
 from ddn_solvers.solution import Status
 
+_FAR = 1.0  # powers of ten from one beyond which the numbers of an LP or QP are scaled, if it fails otherwise
 # Statuses about which a look at the constraints says more, or says that a backend was wrong.
 _UNEXPLAINED = (Status.NUMERICAL_ERROR, Status.NOT_A_KKT_POINT, Status.BACKEND_ERROR, Status.INFEASIBLE)
 
@@ -35,24 +37,32 @@ class Start(enum.Enum):
     ANOTHER = "another start"  # a fixed point off all symmetries of zero, moved into the bounds
 
 
+class Form(enum.Enum):
+    """In which form a route puts the problem to its backend; the value is how ``stats`` calls it."""
+
+    DECLARED = ""
+    LIFTED = "lifted kinks"  # ``Program.lifted``
+    SCALED = (
+        "scaled variables"  # ``derived.scaled``, for samples of an LP or QP whose numbers are far from one
+    )
+
+
 @dataclass(frozen=True)
 class Route:
-    """One backend and method to try, the form of the problem that it gets, and where it begins.
-
-    Attributes:
-        lifted: The problem with its kinks lifted (``Program.lifted``) instead of the problem itself.
-    """
+    """One backend and method to try, the form of the problem that it gets, and where it begins."""
 
     backend: str
     adapter: Adapter
     method: Method
-    lifted: bool = False
+    form: Form = Form.DECLARED
     start: Start = Start.GIVEN
 
     def __str__(self) -> str:
-        form = " on lifted kinks" if self.lifted else ""
-        return f"{self.backend}:{self.method.name}{form}" + (
-            f" from {self.start.value}" if self.start.value else ""
+        form, start = self.form.value, self.start.value
+        return (
+            f"{self.backend}:{self.method.name}"
+            + (f" on {form}" if form else "")
+            + (f" from {start}" if start else "")
         )
 
 
@@ -107,8 +117,14 @@ class Search:
             if not remaining.size:
                 continue
             initial = given if route.start is Start.GIVEN else self.start(route.start, lower, upper)
-            if route.lifted and route is not attempts[-1] and self._has_concave_kinks(bound, initial):
+            lifted = route.form is Form.LIFTED
+            if lifted and route is not attempts[-1] and self._has_concave_kinks(bound, initial):
                 continue
+            if route.form is Form.SCALED:
+                length = self._measured(bound.take(remaining), initial[remaining]).length
+                remaining = remaining[np.abs(np.log10(length)) > _FAR]
+                if not remaining.size:
+                    continue
             try:
                 points = self._call(route, bound.take(remaining), initial[remaining], remaining)
             except BackendCannotSolve as error:
@@ -123,12 +139,20 @@ class Search:
         return self._outputs(bound, best)
 
     def _attempts(self) -> list[Route]:
-        """The routes; where the caller gave a start that may have misled them, then again from a fresh one."""
-        if self.initial is None and self.warm_start is None:
-            return self.routes
+        """The routes; where the caller gave a start that may have misled them, then again from a fresh one.
+
+        Those of an LP or QP at last on scaled variables.
+        """
         given = [route for route in self.routes if route.start is Start.GIVEN]
         rest = [route for route in self.routes if route.start is not Start.GIVEN]
-        return [*given, *(replace(route, start=Start.FRESH) for route in given), *rest]
+        if self.initial is not None or self.warm_start is not None:
+            rest = [*(replace(route, start=Start.FRESH) for route in given), *rest]
+        if self.program.problem_class in (ProblemClass.LP, ProblemClass.QP):
+            rest += [replace(route, form=Form.SCALED) for route in given if route.form is Form.DECLARED]
+        return [*given, *rest]
+
+    def _measured(self, bound: Bound, z: Array) -> Evaluation:
+        return Evaluation.at(self.program, bound, PrimalDual.resting(self.program, bound.parameters, z))
 
     def _remaining(self, route: Route, open_: Mask) -> Index:
         """Samples that are to be tried; where the caller chose the start, a stationary point it led to stands."""
@@ -158,19 +182,26 @@ class Search:
         warm, given = None, self.warm_start if route.start is Start.GIVEN else None
         if given is not None and len(given) == len(self.status):
             warm = [given[i] for i in samples]
-        program, n = self.program, initial.shape[1]
+        program, n, parameters = self.program, initial.shape[1], bound.parameters
         lower, upper, start = bound.lower, bound.upper, initial
-        if route.lifted and program.lifted is not None:
+        if route.form is Form.SCALED:
+            unit, energy = _scales(self._measured(bound, initial))
+            parameters = tuple(with_extra(program, parameters, (unit, energy)))
+            program, warm = scaled(program), None
+            start, lower, upper = start / unit, lower / unit, upper / unit
+        if route.form is Form.LIFTED and program.lifted is not None:
             program, warm = program.lifted, None
             start, lower, upper = (
                 np.concatenate([side, np.full((len(initial), program.variables.size - n), value)], axis=1)
                 for side, value in ((initial, 1.0), (lower, -np.inf), (upper, np.inf))
             )
-        batch = Batch(program, bound.parameters, lower, upper, start, route.method.name, self.options, warm)
+        batch = Batch(program, parameters, lower, upper, start, route.method.name, self.options, warm)
         attempt = isolation.attempt_batch if self.options.isolate else Adapter.attempt_batch
         points = attempt(route.adapter, batch)
         points = [self._checked(point, z) for point, z in zip(points, start, strict=True)]
-        return [self._lowered(point) for point in points] if route.lifted else points
+        if route.form is Form.SCALED:
+            return [_unscaled(*each) for each in zip(points, unit[:, 0], energy[:, 0], strict=True)]
+        return [self._lowered(point) for point in points] if route.form is Form.LIFTED else points
 
     def _lowered(self, point: Point) -> Point:
         """A point of the lifted problem as one of the problem itself."""
@@ -183,7 +214,7 @@ class Search:
     def _has_concave_kinks(self, bound: Bound, z: Array) -> bool:
         """Whether some |r| lowers the objective, or an inequality, where the search starts: t has no limit then."""
         program = self.program
-        here = Evaluation.at(program, bound, PrimalDual.resting(program, bound.parameters, z))
+        here = self._measured(bound, z)
         here.point.y[:, program.equality.size : program.constraints] = 1.0
         return bool((here.kink_weights < 0).any())
 
@@ -265,6 +296,26 @@ class Search:
             self.verified = verify(self.program, bound, best, self.policy, self.dtype, minimum=False)
         self.verified = replace(self.verified, status=tuple(self.status), reasons=tuple(self.reasons))
         return self.verified
+
+
+def _scales(measured: Evaluation) -> tuple[Array, Array]:
+    """Unit and energy of the scaled problem, powers of two, (B, 1) each: its numbers are then about one."""
+    unit = measured.length
+    gradient = np.abs(measured.first.gradient).max(axis=1, initial=0.0)
+    energy = np.maximum(unit * gradient, unit**2 * measured.H.map(np.abs).largest())
+
+    def rounded(values: Array) -> Array:
+        return np.exp2(np.round(np.log2(np.where(values > 0, values, 1.0))))[:, None]
+
+    return rounded(unit), rounded(energy)
+
+
+def _unscaled(point: Point, unit: float, energy: float) -> Point:
+    """A point of the scaled problem as one of the problem itself."""
+    multipliers = ("equality", "inequality", "lower", "upper")
+    given = {name: getattr(point, name) for name in multipliers}
+    parts: dict[str, Any] = {k: None if v is None else v * (energy / unit) for k, v in given.items()}
+    return replace(point, primal=point.primal * unit, **parts)
 
 
 def _verdict(point: Point, verified: Status, reason: str) -> tuple[Status, str]:
