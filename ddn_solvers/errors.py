@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ddn_solvers.solution import Solution
@@ -85,6 +85,9 @@ class SolveError(DDNError):
     def __init__(self, message: str, solution: Solution) -> None:
         super().__init__(message)
         self.solution = solution
+
+    def __reduce__(self) -> Any:
+        return SolveError, (str(self), self.solution)
 
 
 class SensitivityError(DDNError):

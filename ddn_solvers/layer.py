@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from ddn_solvers.policy import Policy, as_policy
 from ddn_solvers.problem import Problem, as_problem
 from ddn_solvers.program import compile_program
 from ddn_solvers.routing import Solver, routes
-from ddn_solvers.solution import DualSolution, Solution
+from ddn_solvers.solution import Solution
 from ddn_solvers.solve import as_options, solve_captured
 from ddn_solvers.uncompiled import uncompiled
 
@@ -119,7 +118,7 @@ class DeclarativeLayer(torch.nn.Module):
             self._own_captures(),
         )
         if self.warm_start and not torch._C._are_functorch_transforms_active():
-            self._previous = _detached(solution)
+            self._previous = solution.detach()
         return solution
 
     def _by_name(self, parameters: tuple[Any, ...], by_name: dict[str, Any]) -> dict[str, Any]:
@@ -191,21 +190,6 @@ class _Origin:
         """The layer's ``own``, or the plain tensor that ``functional_call`` has put at its source alone."""
         value = self.accessor.read_anchor()
         return value if own is self._value() and isinstance(value, torch.Tensor) else own
-
-
-def _detached(solution: Solution) -> Solution:
-    def detach(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {name: tensor.detach() for name, tensor in tensors.items()}
-
-    dual = solution.dual
-    return replace(
-        solution,
-        primal=detach(solution.primal),
-        dual=DualSolution(
-            detach(dual.equality), detach(dual.inequality), detach(dual.lower), detach(dual.upper)
-        ),
-        objective=solution.objective.detach(),
-    )
 
 
 def _same_batch(solution: Solution, values: Mapping[str, Any], problem: Problem) -> bool:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -113,3 +113,29 @@ class Solution:
     def certificate(self) -> Certificate:
         """What can be said of each sample's derivative; computed on first use."""
         return self._certify()
+
+    def detach(self) -> Solution:
+        """The same solution without gradients, as for a warm start later."""
+
+        def of(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {name: tensor.detach() for name, tensor in tensors.items()}
+
+        return replace(
+            self,
+            primal=of(self.primal),
+            dual=DualSolution(**{side: of(tensors) for side, tensors in vars(self.dual).items()}),
+            objective=self.objective.detach(),
+            slacks=None if self.slacks is None else of(self.slacks),
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Another process, or a file, gets numbers: no gradients, and the certificate as it is."""
+        return {**vars(self.detach()), "_certify": _Known(self.certificate)}
+
+
+@dataclass(frozen=True)
+class _Known:
+    certificate: Certificate
+
+    def __call__(self) -> Certificate:
+        return self.certificate

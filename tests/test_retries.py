@@ -1,5 +1,7 @@
 """What is tried again, from where, and how failures are told."""
 
+import pickle
+
 import pytest
 import torch
 
@@ -90,3 +92,20 @@ def test_a_variable_that_runs_off_does_not_hide_the_force_on_it(solver, curvatur
     problem = ddn.Problem({"u": (2,)}, {}, lambda u: curvature * (u[0] - 1).square() + u[1])
     with pytest.raises(ddn.SolveError, match=r"unbounded|numerical error"):
         ddn.solve(problem, {}, solver=solver)
+
+
+def test_an_error_and_its_solution_cross_process_borders():
+    """Process pools send errors as pickles; one that cannot be made again breaks the pool."""
+    x = torch.tensor([-1.0, 1.0], dtype=D, requires_grad=True)
+    with pytest.raises(ddn.SolveError) as caught:
+        ddn.solve(STRIP, {"x": x})
+    error = pickle.loads(pickle.dumps(caught.value))
+    assert str(error) == str(caught.value)
+    assert torch.equal(error.solution["u"], caught.value.solution["u"])
+    assert error.solution.status == caught.value.solution.status
+    assert not error.solution["u"].requires_grad
+    assert torch.equal(error.solution.certificate.ok, caught.value.solution.certificate.ok)
+    again = ddn.solve(
+        STRIP, {"x": x}, warm_start=error.solution.detach(), policy=ddn.Policy(on_failure="mask")
+    )
+    assert torch.equal(again["u"][0], error.solution["u"][0])

@@ -119,3 +119,54 @@ def test_units_of_a_batch_mate_do_not_matter():
     both, alone = ddn.solve(problem, {"d": d, "x": x}), ddn.solve(problem, {"d": d[0], "x": x[0]})
     assert torch.equal(both["u"][0], alone["u"])
     assert torch.equal(both.certificate.margin[0], alone.certificate.margin)
+
+
+def _sized(kind):
+    """An LP or QP all of whose numbers are parameters, to be multiplied by a size."""
+    g = torch.Generator().manual_seed(5)
+    L, A, G = (torch.randn(k, 20, generator=g, dtype=D) for k in (20, 3, 10))
+    H = L @ L.T / 20 + 0.1 * torch.eye(20, dtype=D)
+    values = {k: torch.randn(s, generator=g, dtype=D) for k, s in {"q": 20, "b": 3, "h": 10}.items()}
+    values = {**values, "h": values["h"].abs(), "r": torch.tensor(0.8, dtype=D)}
+    objective = (lambda u, q: 0.5 * u @ H @ u + q @ u) if kind == "QP" else (lambda u, q: q @ u)
+    problem = ddn.Problem(
+        {"u": (20,)},
+        {"q": (20,), "b": (3,), "h": (10,), "r": ()},
+        objective,
+        lambda u, b: A @ u - b,
+        lambda u, h: G @ u - h,
+        {"u": (lambda r: -r * torch.ones(20, dtype=D), lambda r: r * torch.ones(20, dtype=D))},
+    )
+    return problem, values
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e-9, 1e-8, 1e-7, 1e-6, 1e-3, 1e3, 1e6, 1e9, 1e12])
+@pytest.mark.parametrize(
+    ("kind", "solver"),
+    [
+        ("QP", "auto"),
+        ("QP", "casadi:ipopt"),
+        ("QP", "scipy:SLSQP"),
+        ("QP", "cvxpy:CLARABEL"),
+        ("LP", "auto"),
+        ("LP", "casadi:ipopt"),
+    ],
+)
+def test_a_problem_all_of_whose_numbers_are_small_or_large_is_solved_or_fails_by_name(kind, solver, size):
+    """Below 1e-6 any point passed as solved: |du| / max(1, |u|) was small."""
+    problem, values = _sized(kind)
+    plain = ddn.solve(problem, values, solver="casadi:daqp")
+    large = {name: (size * value).requires_grad_() for name, value in values.items()}
+    try:
+        solution = ddn.solve(problem, large, solver=solver)
+    except ddn.SolveError:
+        assert solver == "cvxpy:CLARABEL"
+        assert size in (1e-12, 1e9, 1e12)
+        return
+    torch.testing.assert_close(solution["u"] / size, plain["u"], rtol=0, atol=1e-10)
+    v = torch.linspace(-1, 1, 20, dtype=D)
+    gradients = torch.autograd.grad(v @ solution["u"], list(large.values()))
+    expected = ddn.sensitivity(problem, values, {"u": plain["u"]}).vjp({"u": v})
+    for gradient, name in zip(gradients, values, strict=True):
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-9)
+    assert solution.certificate.ok
