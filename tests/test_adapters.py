@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib import import_module
 
@@ -26,7 +22,7 @@ from ddn_solvers.adapter import (
     Status,
 )
 from ddn_solvers.problem import Problem
-from ddn_solvers.testing import CASES, Case, case, check_adapter, make_batch, random_qp
+from ddn_solvers.testing import AdapterConformance, Case, case, check_adapter, make_batch, random_qp
 
 CLASSES = {
     "scipy": ("ddn_adapters.scipy_", "SciPyAdapter"),
@@ -36,7 +32,6 @@ CLASSES = {
 ADAPTERS: dict[str, Adapter] = {
     backend: getattr(import_module(module), name)() for backend, (module, name) in CLASSES.items()
 }
-METHODS = [(backend, m.name) for backend, adapter in ADAPTERS.items() for m in adapter.capabilities.methods]
 ITERATIVE = [
     ("scipy", "SLSQP"),
     ("scipy", "trust-constr"),
@@ -51,10 +46,16 @@ def pairs(methods: list[tuple[str, str]]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("backend", "method"), methods, ids=[":".join(pair) for pair in methods])
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pairs(METHODS)
-def test_solves_what_it_claims_to(backend: str, method: str, case: Case) -> None:
-    check_adapter(ADAPTERS[backend], method, case)
+class TestSciPy(AdapterConformance):
+    adapter = ADAPTERS["scipy"]
+
+
+class TestCasADi(AdapterConformance):
+    adapter = ADAPTERS["casadi"]
+
+
+class TestCVXPY(AdapterConformance):
+    adapter = ADAPTERS["cvxpy"]
 
 
 class Flipped(Adapter):
@@ -78,15 +79,6 @@ def test_a_flipped_sign_cannot_pass(field: str, name: str) -> None:
         check_adapter(Flipped(ADAPTERS["casadi"], field), "daqp", case(name))
 
 
-@pairs(METHODS)
-def test_an_unknown_option_is_an_error_by_name(backend: str, method: str) -> None:
-    batch = make_batch(case("lp_vertex"), method, Options(native={"no_such_option": 1}))
-    if method == "L-BFGS-B":
-        batch = make_batch(case("scalar"), method, batch.options)
-    with pytest.raises(ProblemError, match="no_such_option"):
-        ADAPTERS[backend].solve_batch(batch)
-
-
 def test_unknown_options_name_their_neighbours() -> None:
     with pytest.raises(ProblemError, match=r"'max_itr'.*maxiter"):
         ADAPTERS["scipy"].solve_batch(make_batch(case("scalar"), "SLSQP", Options(native={"max_itr": 3})))
@@ -98,14 +90,6 @@ def test_unknown_options_name_their_neighbours() -> None:
 @pytest.mark.parametrize("name", ["max_cpu_time", "ipopt.max_cpu_time"])
 def test_ipopt_options_go_with_and_without_prefix(name: str) -> None:
     check_adapter(ADAPTERS["casadi"], "ipopt", case("entropy"), options=Options(native={name: 10.0}))
-
-
-def test_common_options_reach_every_method() -> None:
-    options = Options(max_iter=5000, time_limit=60.0, tolerance=1e-9)
-    for backend, method in METHODS:
-        if backend != "cvxpy":
-            name = "scalar" if method == "L-BFGS-B" else "lp_vertex"
-            check_adapter(ADAPTERS[backend], method, case(name), options=options)
 
 
 @pairs([*ITERATIVE, ("casadi", "osqp")])
@@ -177,9 +161,6 @@ def test_fifty_variables() -> None:
         check_adapter(ADAPTERS[backend], method, family)
 
 
-CALLING_BACK = [("scipy", "SLSQP"), ("scipy", "trust-constr"), ("casadi", "ipopt"), ("casadi", "sqpmethod")]
-
-
 def failing(method: str, happens: Callable[[], object]) -> Batch:
     """A problem of torch callbacks in which something happens once a solver runs."""
     count = -1
@@ -202,45 +183,8 @@ def throw(error: BaseException) -> None:
     raise error
 
 
-@pytest.mark.parametrize("error", [ArithmeticError("out of range"), KeyError("lost")], ids=repr)
-@pairs(CALLING_BACK)
-def test_an_exception_in_a_callback_is_a_failed_sample(
-    backend: str, method: str, error: BaseException
-) -> None:
-    (point,) = ADAPTERS[backend].solve_batch(failing(method, lambda: throw(error)))
-    assert point.status in (Status.BACKEND_ERROR, Status.NUMERICAL_ERROR)
-
-
-@pairs(CALLING_BACK)
-def test_ctrl_c_comes_out_of_a_backend_that_swallows_it(backend: str, method: str) -> None:
-    handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        ADAPTERS[backend].solve_batch(failing(method, lambda: signal.raise_signal(signal.SIGINT)))
-    assert signal.getsignal(signal.SIGINT) is handler
-
-
 def test_ctrl_c_is_what_the_signal_says_not_what_ipopt_does() -> None:
     """IPOPT reports any exception that is not its own as it reports Ctrl-C."""
     (point,) = ADAPTERS["casadi"].solve_batch(failing("ipopt", lambda: throw(KeyboardInterrupt())))
     assert point.status is Status.BACKEND_ERROR
     assert "NonIpopt" in point.message
-
-
-@pairs([("casadi", "ipopt"), ("casadi", "daqp"), ("scipy", "SLSQP")])
-def test_threads_share_a_program(backend: str, method: str) -> None:
-    family = random_qp(20, 5, 10, seed=7, batch=(16,))
-    batch = make_batch(family, method)
-    assert family.primal is not None
-    with ThreadPoolExecutor(4) as pool:
-        points = list(pool.map(lambda i: ADAPTERS[backend].solve(batch[i]), range(len(batch))))
-    for point, expected in zip(points, family.primal["u"], strict=True):
-        np.testing.assert_allclose(point.primal, expected, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("backend", "heavy"), [("scipy", "scipy.optimize"), ("casadi", "casadi"), ("cvxpy", "cvxpy")]
-)
-def test_capabilities_load_no_backend(backend: str, heavy: str) -> None:
-    module, name = CLASSES[backend]
-    code = f"import sys; from {module} import {name}; {name}.capabilities; sys.exit({heavy!r} in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0

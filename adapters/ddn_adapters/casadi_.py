@@ -125,6 +125,12 @@ _QRQP = Dialect(
 )
 
 
+_STATEFUL = (
+    "qpoases",
+    "osqp",
+)  # begin where the last call ended, so that the same call is not the same again
+
+
 class CasADiAdapter(Adapter):
     """What CasADi's ``nlpsol`` and ``conic`` solve, on the compiled functions themselves."""
 
@@ -180,7 +186,7 @@ class CasADiAdapter(Adapter):
         )
 
     def _model(self, of: Instance | Batch) -> Any:
-        """The solver object for these options, made once a program."""
+        """The solver object for these options, made once a program if it forgets what it has solved."""
         program, method, warm = of.program, of.method, of.warm_start is not None
         native = self.dialect(method).native(of.options, self.where(method))
         if warm and method == "ipopt":
@@ -190,8 +196,12 @@ class CasADiAdapter(Adapter):
         watched = method == "sqpmethod" and of.options.time_limit is not None
         kind = _Nonlinear if method in _NLPSOL else _Conic
         key = ("casadi", method, repr(sorted(native.items())), watched)
+
+        def build() -> Any:
+            return kind(program, method, _nested(method, native), watched)
+
         try:
-            return program.memo(key, lambda: kind(program, method, _nested(method, native), watched))
+            return build() if method in _STATEFUL else program.memo(key, build)
         except RuntimeError as error:  # OSQP does not say which
             if not of.options.native:
                 raise

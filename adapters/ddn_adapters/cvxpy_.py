@@ -38,6 +38,8 @@ _STATUS = {
     "unbounded_inaccurate": Status.UNBOUNDED,
     "user_limit": Status.ITERATION_LIMIT,
 }
+# SCS calls any point so at which its iterations are over.
+_INEXACT = {**_STATUS, "optimal_inaccurate": Status.ITERATION_LIMIT}
 _SLOW = "CVXPY canonicalises at every call: parameters multiply each other in "
 
 
@@ -144,7 +146,7 @@ class CVXPYAdapter(Adapter):
 def _point(model: Model, instance: Instance, found: Any) -> Point:
     """What CVXPY found, by our names; the multipliers of its ``== 0`` and ``<= 0`` have our signs."""
     limits = instance.options
-    status = _STATUS.get(found.status, Status.NUMERICAL_ERROR)
+    status = (_INEXACT if instance.method == "SCS" else _STATUS).get(found.status, Status.NUMERICAL_ERROR)
     if status is Status.ITERATION_LIMIT and limits.max_iter is None and limits.time_limit:
         status = Status.TIME_LIMIT
     primal = found.primal_vars.get(model.z.id) if found.primal_vars else None
