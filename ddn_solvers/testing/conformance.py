@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import signal
 import subprocess
 import sys
@@ -147,15 +146,14 @@ class AdapterConformance:
             np.testing.assert_allclose(point.primal, expected, rtol=0, atol=10 * self.point_tolerance)
 
     def test_capabilities_load_no_backend(self) -> None:
-        kind = type(self.adapter)
-        module, package = importlib.import_module(kind.__module__), self.adapter.capabilities.package
+        module, package = type(self.adapter).__module__, self.adapter.capabilities.package
         heavy = (
             f"{package}.optimize" if package == "scipy" else package
         )  # scipy itself comes with torch users
         before = f"import sys, ddn_solvers.adapter; before = {heavy!r} in sys.modules"
-        code = f"{before}; import {module.__name__}; sys.exit(3 * ({heavy!r} in sys.modules and not before))"
+        code = f"{before}; import {module}; sys.exit(3 * ({heavy!r} in sys.modules and not before))"
         done = subprocess.run([sys.executable, "-c", code], timeout=120, check=False)
-        assert done.returncode != 3, f"importing {module.__name__} imports {heavy}: do it inside functions"
+        assert done.returncode != 3, f"importing {module} imports {heavy}: do it inside functions"
 
     # -- how --------------------------------------------------------------------------------------
 
