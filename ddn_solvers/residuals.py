@@ -338,7 +338,7 @@ class Evaluation:
         bends = self._second.times(z)
         q = first.gradient - bends
         at_zero = first.objective - ((first.gradient - bends / 2) * z).sum(axis=1)
-        steepest, most = _largest(q), _largest(curvature)
+        steepest, most, rows = _largest(q), _largest(curvature), self.row_norms
         with np.errstate(all="ignore"):
             lengths = [
                 _largest(z),
@@ -346,11 +346,10 @@ class Evaluation:
                     _largest(np.where(np.isfinite(side), side, 0.0))
                     for side in (self.bound.lower, self.bound.upper)
                 ),
-                _largest(np.nan_to_num((first.constraints - self.J.times(z)) / self.row_norms)),
+                _largest(np.where(rows > 0, (first.constraints - self.J.times(z)) / rows, 0.0)),
                 _largest(np.where(curvature != 0, q / curvature, 0.0)),
-                np.where(
-                    most > 0, np.sqrt(2 * np.abs(at_zero) / most), np.nan_to_num(np.abs(at_zero) / steepest)
-                ),
+                np.where(most > 0, np.sqrt(2 * np.abs(at_zero) / most), 0.0),
+                np.where((most == 0) & (steepest > 0), np.abs(at_zero) / steepest, 0.0),
             ]
         length = np.maximum.reduce(lengths)
         found: Array = np.where((length > 0) & np.isfinite(length), length, 1.0)
