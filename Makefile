@@ -60,7 +60,7 @@ fuzz: export OMP_NUM_THREADS := 1
 fuzz: export OPENBLAS_NUM_THREADS := 1
 fuzz: export MKL_NUM_THREADS := 1
 fuzz: $(VENV)/.development
-	$(BIN)/pytest -n $(WORKERS) --maxprocesses 8 --hypothesis-seed=$(SEED) tests/test_fuzz.py tests/test_fuzz_kinks.py tests/test_soak.py
+	$(BIN)/pytest -n $(WORKERS) --maxprocesses 8 --hypothesis-seed=$(SEED) tests/test_fuzz.py tests/test_fuzz_kinks.py tests/test_fuzz_failures.py tests/test_soak.py
 
 clean:
 	rm -rf $(VENV) $(WHEEL_VENV) dist

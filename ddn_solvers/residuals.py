@@ -31,6 +31,8 @@ from ddn_solvers.program import Program
 from ddn_solvers.units import FLAT, units_of
 
 _TINY = 1e-300
+_EPSILON = float(np.finfo(float).eps)
+_CANCELLED = 1e3 * _EPSILON  # of the terms of a difference, what may be their rounding
 _SMALLEST = 1e-9  # size of the variables relative to 1 that may not be rounding
 _NOTHING = 1e-9  # relative size of the forces that meet in a row below which they are not told apart
 _ROUNDING = 1e-13  # relative force that counts as none
@@ -334,19 +336,21 @@ class Evaluation:
         z = self.point.z
         if self.program.problem_class not in (ProblemClass.LP, ProblemClass.QP):
             return np.ones(len(z))
-        first, curvature = self.first, self._second.diagonal()
-        bends = self._second.times(z)
-        q = first.gradient - bends
+        first, H, J, far = self.first, self._second, self.J, np.abs(z)
+        curvature, bends = H.diagonal(), H.times(z)
+        bending = H.map(np.abs).times(far)
+        q = _significant(first.gradient - bends, bending)
+        offset = _significant(first.constraints - J.times(z), J.map(np.abs).times(far))
         at_zero = first.objective - ((first.gradient - bends / 2) * z).sum(axis=1)
+        at_zero = _significant(at_zero, ((np.abs(q) + bending) * far).sum(axis=1))
         steepest, most, rows = _largest(q), _largest(curvature), self.row_norms
         with np.errstate(all="ignore"):
             lengths = [
-                _largest(z),
                 *(
                     _largest(np.where(np.isfinite(side), side, 0.0))
                     for side in (self.bound.lower, self.bound.upper)
                 ),
-                _largest(np.where(rows > 0, (first.constraints - self.J.times(z)) / rows, 0.0)),
+                _largest(np.where(rows > 0, offset / rows, 0.0)),
                 _largest(np.where(curvature != 0, q / curvature, 0.0)),
                 np.where(most > 0, np.sqrt(2 * np.abs(at_zero) / most), 0.0),
                 np.where((most == 0) & (steepest > 0), np.abs(at_zero) / steepest, 0.0),
@@ -371,9 +375,13 @@ class Evaluation:
 
         Multipliers do not enter it: where the objective exerts none, theirs is rounding.
         """
-        curvature = self.H.map(np.abs).scaled(self.own_size, self.own_size).largest()
+        return self._force(self.own_size, self.size)
+
+    def _force(self, bending: Array, size: Array) -> Array:
+        """The largest change of the objective, by curvature where variables change by ``bending``, else by ``size``."""
+        curvature = self.H.map(np.abs).scaled(bending, bending).largest()
         kinks = _largest(self.kink_weights * self._kink_norms)
-        forces = np.maximum.reduce([_largest(self.first.gradient * self.size), curvature, kinks])
+        forces = np.maximum.reduce([_largest(self.first.gradient * size), curvature, kinks])
         return np.where(forces > 0, forces, 1.0)[:, None]
 
     @cached_property
@@ -404,15 +412,22 @@ class Evaluation:
 
     @cached_property
     def scaled_stationarity(self) -> Array:
-        """By row: residual over the forces that meet there, (B,)."""
+        """By row: residual over the forces that meet there, (B,).
+
+        Of curvature no more than is felt over the problem's own length: however far a point has run off along a flat
+        direction, a force that nothing meets there remains one. Where it is so far that rounding hides any force, the
+        residual is that rounding.
+        """
         meeting = np.abs(self.first.gradient) + self.J.map(np.abs).transposed_times(np.abs(self.point.y))
-        curvature = self.H.map(np.abs).times(self.own_size)
+        felt = np.minimum(self.own_size, np.maximum(self.reference, self.length)[:, None])
+        bends = self.H.map(np.abs)
+        curvature, rounding = bends.times(felt), _EPSILON * bends.times(np.abs(self.point.z))
         if not self.program.numbers.all():  # that of a norm near its zero is no force that could meet another
             largest = self._strength
             curvature = np.where(largest > 0, np.minimum(curvature, largest / self.size), curvature)
         meeting += curvature + np.abs(self.point.lower) + self.point.upper
-        floor = _NOTHING * self.force / self.size
-        return _largest(self.stationarity / np.maximum(meeting, floor))
+        floor = _NOTHING * self._force(felt, felt) / felt
+        return _largest((np.abs(self.stationarity) + rounding) / np.maximum(meeting, floor))
 
     @cached_property
     def scaled(self) -> Array:
@@ -432,6 +447,12 @@ def _direction(n: int) -> Array:
     """A fixed unit vector without symmetry, (n,)."""
     direction: Array = np.cos(1.0 + np.arange(n) ** 2)
     return direction / np.linalg.norm(direction)
+
+
+def _significant(values: Array, terms: Array) -> Array:
+    """Differences that are more than the rounding of what cancels in them, else zero."""
+    found: Array = np.where(np.abs(values) > _CANCELLED * terms, values, 0.0)
+    return found
 
 
 def _largest(values: Array) -> Array:

@@ -109,3 +109,28 @@ def test_an_error_and_its_solution_cross_process_borders():
         STRIP, {"x": x}, warm_start=error.solution.detach(), policy=ddn.Policy(on_failure="mask")
     )
     assert torch.equal(again["u"][0], error.solution["u"][0])
+
+
+@pytest.mark.parametrize("solver", ["auto", "casadi:ipopt", "scipy:SLSQP"])
+def test_a_ray_of_rounding_curvature_has_no_solution(solver):
+    """P d = 0 up to rounding, q d < 0: far out every force is less than the rounding of P u, and looked met."""
+    g = torch.Generator().manual_seed(0)
+    L, d = torch.randn(8, 8, generator=g, dtype=D), torch.randn(8, generator=g, dtype=D)
+    off = torch.eye(8, dtype=D) - torch.outer(d, d) / d.square().sum()
+    P = off @ (L @ L.T + torch.eye(8, dtype=D)) @ off
+    problem = ddn.Problem({"u": (8,)}, {"q": (8,)}, lambda u, q: 0.5 * u @ P @ u + q @ u)
+    s = ddn.solve(problem, {"q": P @ d.flip(0) - d}, solver=solver, policy=ddn.Policy(on_failure="mask"))
+    assert s.status[0] is not ddn.Status.OPTIMAL
+
+
+@pytest.mark.parametrize("solver", ["casadi:ipopt", "casadi:sqpmethod", "scipy:SLSQP"])
+def test_one_constraint_that_some_variables_do_not_enter(solver):
+    """The nonzeros of a sparse matrix of one row came as a row, of which CasADi makes no matrix."""
+    problem = ddn.Problem(
+        {"u": (2,), "t": ()},
+        {"r": ()},
+        lambda u, t: (u - 1).square().sum() + t.square() + t.cosh(),
+        inequality=lambda u, r: u.square().sum() - r,
+    )
+    s = ddn.solve(problem, {"r": torch.tensor(0.5, dtype=D)}, solver=solver)
+    assert torch.allclose(s["u"], torch.full((2,), 0.5, dtype=D), rtol=0, atol=1e-9)

@@ -183,7 +183,7 @@ def _stack(columns: list[Any]) -> Any:
 
 
 def _nonzeros(matrix: Any) -> Any:
-    return ca.vertcat(matrix.nz[:]) if matrix.nnz() else ca.MX(0, 1)
+    return ca.vec(matrix.nz[:]) if matrix.nnz() else ca.MX(0, 1)  # that of a row is a row
 
 
 def _pattern(matrix: Any) -> Pattern:
