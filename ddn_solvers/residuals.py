@@ -427,7 +427,8 @@ class Evaluation:
             curvature = np.where(largest > 0, np.minimum(curvature, largest / self.size), curvature)
         meeting += curvature + np.abs(self.point.lower) + self.point.upper
         floor = _NOTHING * self._force(felt, felt) / felt
-        return _largest((np.abs(self.stationarity) + rounding) / np.maximum(meeting, floor))
+        hidden = rounding / np.maximum(curvature, floor)  # multipliers may be of that rounding themselves
+        return np.maximum(_largest(self.stationarity / np.maximum(meeting, floor)), _largest(hidden))
 
     @cached_property
     def scaled(self) -> Array:
