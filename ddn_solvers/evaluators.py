@@ -22,6 +22,7 @@ from ddn_solvers.lowering.pattern import Pattern
 if TYPE_CHECKING:
     from ddn_solvers.lowering.callbacks import CallbackFunctions
     from ddn_solvers.lowering.kernel import Kernel
+    from ddn_solvers.lowering.linear_map import LinearMap
     from ddn_solvers.lowering.symbolic import SymbolicFunctions
 
 T = TypeVar("T")
@@ -83,12 +84,31 @@ class Evaluators:
         return f, c
 
     def first_order(self, z: Array, parameters: Sequence[Array]) -> FirstOrder:
-        f, gradient, c, jacobian = self._kernel("first_order")(_batched(z), *parameters)
+        constant = self._map("jacobian_map")
+        if constant is None:
+            f, gradient, c, jacobian = self._kernel("first_order")(_batched(z), *parameters)
+        else:
+            f, gradient, c = self.slopes(z, parameters)
+            return FirstOrder(f, gradient, c, constant(parameters, len(f)))
         return FirstOrder(f[:, 0], gradient, c, jacobian)
+
+    def slopes(self, z: Array, parameters: Sequence[Array]) -> tuple[Array, Array, Array]:
+        """f (B,), grad f (B, n) and c (B, rows); of compiled functions only."""
+        f, gradient, c = self._kernel("slopes")(_batched(z), *parameters)
+        return f[:, 0], gradient, c
+
+    def _map(self, name: str) -> LinearMap | None:
+        """Of a matrix that depends on the parameters alone, and simply; torch callbacks have none."""
+        return self.memo(("map", name), lambda: getattr(self._functions, name, None))
 
     def hessian(self, z: Array, parameters: Sequence[Array], weights: Array, objective: float = 1.0) -> Array:
         """Nonzeros of the Hessian of objective * f + weights^T c, (B, nnz)."""
         z = _batched(z)
+        constant = self._map("hessian_map")
+        if constant is not None:
+            batch = max((len(p) for p in parameters if p.ndim == 2), default=len(z))
+            nonzeros = constant(parameters, max(batch, len(z)))
+            return nonzeros if objective == 1.0 else objective * nonzeros
         sigma = np.full((len(z), 1), objective)
         weights = np.broadcast_to(weights, (len(z), self.rows))
         return self._kernel("hessian")(z, *parameters, weights, sigma)[0]

@@ -30,6 +30,8 @@ from ddn_solvers.lowering.pattern import Matrices
 from ddn_solvers.program import Program
 from ddn_solvers.units import FLAT, units_of
 
+# What of an evaluation depends on the matrices of an LP or QP alone, and not on the point.
+_OF_MATRICES = ("J", "_second", "row_norms", "length", "_units_of_variables")
 _TINY = 1e-300
 _EPSILON = float(np.finfo(float).eps)
 _CANCELLED = 1e3 * _EPSILON  # of the terms of a difference, what may be their rounding
@@ -91,6 +93,28 @@ class Evaluation:
         inputs = _inputs(bound, point)
         return Evaluation(program, bound, point, program.smooth.first_order(point.z, inputs))
 
+    def moved(self, point: PrimalDual) -> Evaluation:
+        """The same samples at other points; the matrices of an LP or QP are the same there, and what is made of them."""
+        if not self._quadratic:
+            return Evaluation.at(self.program, self.bound, point)
+        f, gradient, c = self.functions.slopes(point.z, self.bound.parameters)
+        there = Evaluation(self.program, self.bound, point, FirstOrder(f, gradient, c, self.first.jacobian))
+        there.__dict__.update({name: getattr(self, name) for name in _OF_MATRICES})
+        return there
+
+    def with_bounds_pushing(self, lower: Array, upper: Array) -> Evaluation:
+        """The same points with other multipliers of the bounds, which no derivative depends on."""
+        point = replace(self.point, lower=lower, upper=upper)
+        there = Evaluation(self.program, self.bound, point, self.first)
+        there.__dict__.update({name: getattr(self, name) for name in ("J", "_second")})
+        if self._quadratic:
+            there.__dict__.update({name: getattr(self, name) for name in _OF_MATRICES})
+        return there
+
+    @property
+    def _quadratic(self) -> bool:
+        return self.program.problem_class in (ProblemClass.LP, ProblemClass.QP)
+
     @property
     def functions(self) -> Evaluators:
         """The compiled functions on the smooth pieces."""
@@ -121,7 +145,7 @@ class Evaluation:
         a flat coordinate whose second derivative came out as 1e-17 would be scaled up and taken for a curved one.
         """
         matrices = self._second
-        rows = matrices.map(np.abs).scaled(self.own_size, self.own_size).row_sums()
+        rows = matrices.map(np.abs).times(self.own_size) * self.own_size
         curved = rows > FLAT * _largest(rows)[:, None]
         return matrices if curved.all() else matrices.scaled(curved.astype(float), curved.astype(float))
 
@@ -304,18 +328,23 @@ class Evaluation:
     @cached_property
     def reach(self) -> Array:
         """|J_i w|: how much a constraint changes where the variables change by their sizes, (B, m)."""
-        return self.J.scaled(np.ones_like(self.point.y), self.size).row_norms()
+        reach: Array = np.sqrt(self.J.map(np.square).times(self.size**2))
+        return reach
 
     @cached_property
     def size(self) -> Array:
         """w, by which changes of the variables are measured, (B, n): never more than max(1, |z|)."""
         z = self.point.z
         size = np.broadcast_to(np.maximum(self.reference, _largest(z))[:, None], z.shape)
-        units = units_of(self._second, self.J)
+        units = self._units_of_variables
         if units is None:
             return size
         length = np.maximum(1.0, _largest(z / units))[:, None]
         return np.minimum(units * length, size)
+
+    @cached_property
+    def _units_of_variables(self) -> Array | None:
+        return units_of(self._second, self.J)
 
     @cached_property
     def reference(self) -> Array:
@@ -334,7 +363,7 @@ class Evaluation:
         sqrt(2 |f(0)| / P). Of other problems nothing is known: 1.
         """
         z = self.point.z
-        if self.program.problem_class not in (ProblemClass.LP, ProblemClass.QP):
+        if not self._quadratic:
             return np.ones(len(z))
         first, H, J, far = self.first, self._second, self.J, np.abs(z)
         curvature, bends = H.diagonal(), H.times(z)

@@ -269,38 +269,36 @@ class _Nonlinear:
 
 
 class _Conic:
-    """``conic`` with its data taken from the compiled functions at z = 0, the whole batch in one map."""
+    """``conic`` on coefficients that the library has evaluated at z = 0, the whole batch in one map."""
 
     def __init__(self, program: Program, method: str, options: dict[str, Any], _: bool) -> None:
         import casadi as ca
 
         from ddn_solvers.lowering.kernel import Kernel
 
-        functions, rows, m = program.functions, program.constraints, program.equality.size
-        n = program.variables.size
-        parameters = [ca.MX.sym(f"p{i}", block.size) for i, block in enumerate(program.parameters)]
-        lower, upper, x0, lam_x0 = (ca.MX.sym(name, n) for name in ("lower", "upper", "x0", "lam_x0"))
-        lam_a0 = ca.MX.sym("lam_a0", rows)
-        zero = ca.DM.zeros(n)
-        _, q, c, nonzeros = functions.first_order(zero, *parameters)
-        a = _matrix(program.jacobian_pattern, nonzeros)
-        h = _matrix(program.hessian_pattern, functions.hessian(zero, *parameters, ca.DM.zeros(rows), 1.0))
-        one_sided = ca.DM([0.0] * m + [np.inf] * (rows - m))
-        data = {"h": h, "g": q, "a": a, "lba": -c - one_sided, "uba": -c, "lbx": lower, "ubx": upper}
-        data |= {"x0": x0, "lam_x0": lam_x0, "lam_a0": lam_a0}
+        rows, m, n = program.constraints, program.equality.size, program.variables.size
+        sizes = {"h": program.hessian_pattern.nnz, "g": n, "a": program.jacobian_pattern.nnz, "c": rows}
+        sizes |= {"lower": n, "upper": n, "x0": n, "lam_x0": n, "lam_a0": rows}
+        symbols = {name: ca.MX.sym(name, size) for name, size in sizes.items()}
+        a = _matrix(program.jacobian_pattern, symbols["a"])
+        h = _matrix(program.hessian_pattern, symbols["h"])
+        one_sided, c = ca.DM([0.0] * m + [np.inf] * (rows - m)), symbols["c"]
+        data = {"h": h, "g": symbols["g"], "a": a, "lba": -c - one_sided, "uba": -c}
+        data |= {"lbx": symbols["lower"], "ubx": symbols["upper"]}
+        data |= {name: symbols[name] for name in ("x0", "lam_x0", "lam_a0")}
         self._solver = ca.conic("solver", method, {"h": h.sparsity(), "a": a.sparsity()}, options)
         found = self._solver(**data)
         x, lam_a, lam_x = found["x"], found["lam_a"], found["lam_x"]
-        inputs = [*parameters, lower, upper, x0, lam_x0, lam_a0]
-        outputs = [x, lam_a, lam_x, _residual(data, x, lam_a, lam_x)]
+        inputs, outputs = list(symbols.values()), [x, lam_a, lam_x, _residual(data, x, lam_a, lam_x)]
         self._batch = Kernel(ca.Function("batch", inputs, [ca.densify(out) for out in outputs]))
         self._data = ca.Function("data", inputs, list(data.values()))
         self._lock = threading.Lock()
 
     def solve(self, instance: Instance) -> tuple[list[Any], Mapping[str, Any]]:
         """x, lam_a, lam_x, and the solver's statistics."""
+        coefficients = [part[0] for part in _coefficients(instance)]
         start = [instance.lower, instance.upper, instance.initial]
-        arguments = [*instance.parameters, *start, *_forces(instance.warm_start, instance.program)]
+        arguments = [*coefficients, *start, *_forces(instance.warm_start, instance.program)]
         with self._lock:
             x, _, lam_a, lam_x = self._solver.call([*self._data.call(arguments), np.zeros(0), np.zeros(0)])
             return [x, lam_a, lam_x], self._solver.stats()
@@ -309,7 +307,15 @@ class _Conic:
         """x, lam_a, lam_x and the residual of every sample; a map has no statistics."""
         warm = batch.warm_start or [None] * len(batch)
         forces = [np.stack(side) for side in zip(*(_forces(w, batch.program) for w in warm), strict=True)]
-        return self._batch(*batch.parameters, batch.lower, batch.upper, batch.initial, *forces)
+        return self._batch(*_coefficients(batch), batch.lower, batch.upper, batch.initial, *forces)
+
+
+def _coefficients(of: Instance | Batch) -> list[Array]:
+    """Nonzeros of the Hessian, gradient, nonzeros of the Jacobian and constraints at z = 0, (B, ...) each."""
+    zero = np.zeros_like(np.atleast_2d(of.initial))
+    first = of.program.first_order(zero, of.parameters)
+    hessian = of.program.hessian(zero, of.parameters, np.zeros(of.program.constraints))
+    return [hessian, first.gradient, first.jacobian, first.constraints]
 
 
 def _residual(data: Mapping[str, Any], x: Any, lam_a: Any, lam_x: Any) -> Any:

@@ -115,18 +115,17 @@ def _newton_step(here: Evaluation, active: ActiveSet, system: System) -> tuple[E
     )
     x, t = step.x.numpy(), step.t.numpy()
     z = np.where(active.fixed, target, here.point.z + x)
-    moved = Evaluation.at(here.program, here.bound, replace(here.point, z=z, y=y + t))
-    point = with_bound_multipliers(moved, active)
-    tried = Evaluation(here.program, here.bound, point, moved.first)
+    moved = here.moved(replace(here.point, z=z, y=y + t))
+    tried = moved.with_bounds_pushing(*bound_multipliers(moved, active))
     return tried, np.abs(x / here.size).max(axis=1, initial=0.0)
 
 
-def with_bound_multipliers(evaluation: Evaluation, active: ActiveSet) -> PrimalDual:
-    """The multipliers of active bounds that balance the forces on the variables they fix."""
+def bound_multipliers(evaluation: Evaluation, active: ActiveSet) -> tuple[Array, Array]:
+    """The multipliers of active lower and upper bounds that balance the forces on the variables they fix."""
     forces, fixed = evaluation.constraint_forces, fixed_by_bounds(evaluation)
     lower = np.where(fixed, np.maximum(forces, 0), np.where(active.lower, forces, 0.0))
     upper = np.where(fixed, np.maximum(-forces, 0), np.where(active.upper, -forces, 0.0))
-    return replace(evaluation.point, lower=lower, upper=upper)
+    return lower, upper
 
 
 def _corrected(active: ActiveSet, tried: Evaluation, singular: Mask) -> ActiveSet:

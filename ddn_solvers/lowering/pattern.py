@@ -153,6 +153,10 @@ class Matrices:
 
     def scaled(self, rows: Array, columns: Array) -> Matrices:
         """diag(rows) M diag(columns)"""
+        if self.pattern.full:
+            turned = self.dense.transpose(0, 2, 1) * columns[:, :, None]
+            turned *= rows[:, None, :]
+            return Matrices(self.pattern, turned.reshape(len(turned), -1))
         return Matrices(
             self.pattern,
             self.nonzeros * rows[:, self.pattern.indices] * columns[:, self.pattern.columns],

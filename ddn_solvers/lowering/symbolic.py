@@ -5,7 +5,8 @@ of a smooth piece sigma and tau as well, in which nothing is differentiated), c 
 
     values       (z, p..)                    -> f, c
     first_order  (z, p..)                    -> f, grad f, c, nonzeros of the Jacobian of c
-    hessian      (z, p.., y, sigma)          -> nonzeros of the Hessian of sigma f + y^T c
+    slopes       (z, p..)                    -> f, grad f, c
+  hessian      (z, p.., y, sigma)          -> nonzeros of the Hessian of sigma f + y^T c
     bounds       (p..)                       -> lower, upper
     adjoint      (z, p.., y, w, s, sl, su, e)-> d/dp_i [ e f - w^T grad_z (f + y^T c) - s^T c - sl^T lower + su^T upper ]
     tangent      (z, p.., y, dp..)           -> directional derivatives of f, grad_z (f + y^T c), c, lower, upper
@@ -26,8 +27,11 @@ import numpy as np
 from torch import fx
 
 from ddn_solvers.layout import Layout
+from ddn_solvers.lowering.linear_map import LinearMap, linear_map
 from ddn_solvers.lowering.pattern import Pattern
 from ddn_solvers.lowering.to_casadi import KinkExpression, lower
+
+_DENSE = 0.25  # share of nonzeros from which a Hessian is one
 
 
 class SymbolicFunctions:
@@ -72,7 +76,10 @@ class SymbolicFunctions:
     @cached_property
     def hessian_matrix(self) -> ca.MX:
         """Of sigma f + y^T c, with ``self.sigma``."""
-        return ca.hessian(self.sigma * self.f + ca.dot(self.y, self.c), self.z)[0]
+        gradient = ca.gradient(self.sigma * self.f + ca.dot(self.y, self.c), self.z)
+        # To make use of symmetry saves directions where H is sparse; where it is dense, it takes minutes and saves none.
+        dense = ca.jacobian_sparsity(gradient, self.z).nnz() > _DENSE * self.z.numel() ** 2
+        return ca.jacobian(gradient, self.z, {"symmetric": not dense})
 
     @cached_property
     def sigma(self) -> ca.MX:
@@ -118,6 +125,21 @@ class SymbolicFunctions:
     @cached_property
     def first_order(self) -> ca.Function:
         return self._function("first_order", [], [self.f, self.gradient, self.c, _nonzeros(self.jacobian)])
+
+    @cached_property
+    def slopes(self) -> ca.Function:
+        """``first_order`` without the Jacobian."""
+        return self._function("slopes", [], [self.f, self.gradient, self.c])
+
+    @cached_property
+    def jacobian_map(self) -> LinearMap | None:
+        """The Jacobian's nonzeros, where they are affine in the parameters and depend on nothing else."""
+        return linear_map(_nonzeros(self.jacobian), self.p)
+
+    @cached_property
+    def hessian_map(self) -> LinearMap | None:
+        """The same of the objective's Hessian, where c is affine."""
+        return linear_map(_nonzeros(self.hessian_matrix), self.p, [self.sigma])
 
     @cached_property
     def hessian(self) -> ca.Function:

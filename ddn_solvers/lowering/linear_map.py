@@ -1,0 +1,94 @@
+"""Matrices whose entries are affine in the parameters, as those of parametrised QPs are: gathered, not evaluated.
+
+    nonzeros(p) = constant + sum_k coefficients_k * p[source_k]
+
+CasADi evaluates a constant Hessian as a product with each unit vector. Here it is found out once which parameters each
+nonzero is made of, and a batch is then a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import casadi as ca
+import numpy as np
+import scipy.sparse as sp
+
+from ddn_solvers.arrays import Array, Index
+
+_LARGEST = 200_000  # nonzeros and parameters up to which that is found out
+_TERMS = 4  # parameters in one nonzero beyond which CasADi is as fast
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """Parameter blocks to nonzeros.
+
+    Attributes:
+        constant: (nnz,).
+        blocks: Those that enter, end to end the vector that is gathered from.
+        terms: ``(source, coefficients)``, (nnz,) each; one, if ``None``. A nonzero without a term has coefficient 0.
+    """
+
+    constant: Array
+    blocks: tuple[int, ...]
+    terms: tuple[tuple[Index, Array | None], ...]
+
+    def __call__(self, parameters: Sequence[Array], batch: int) -> Array:
+        """(batch, nnz)"""
+        found: Array | None = None
+        used = [parameters[block] for block in self.blocks]
+        if any(p.ndim == 2 for p in used):
+            used = [np.broadcast_to(p, (batch, p.shape[-1])) for p in used]
+        if used:
+            values = used[0] if len(used) == 1 else np.concatenate(used, axis=-1)
+            for source, coefficients in self.terms:
+                term = np.take(values, source, axis=-1)
+                if coefficients is not None:
+                    term *= coefficients
+                found = term if found is None else np.add(found, term, out=found)
+        if found is None:
+            found = self.constant
+        elif self.constant.any():
+            found = found + self.constant
+        return np.tile(found, (batch, 1)) if found.ndim == 1 else found
+
+
+def linear_map(nonzeros: ca.MX, parameters: Sequence[ca.MX], ones: Sequence[ca.MX] = ()) -> LinearMap | None:
+    """The map that ``nonzeros`` are of ``parameters``; ``None`` if they are no affine one of few terms each.
+
+    Args:
+        ones: Further symbols, which are one.
+    """
+    sizes = [p.numel() for p in parameters]
+    count = int(nonzeros.numel())
+    if count == 0 or count + sum(sizes) > _LARGEST:
+        return None
+    symbols = [ca.SX.sym(f"p{i}", size) for i, size in enumerate(sizes)]
+    try:
+        function = ca.Function("nonzeros", [*parameters, *ones], [nonzeros]).expand()
+    except RuntimeError:  # depends on more than the parameters, or has operations that are not of scalars
+        return None
+    values, stacked = ca.densify(function(*symbols, *[1] * len(ones))), ca.vertcat(*symbols)
+    jacobian = ca.jacobian(values, stacked)
+    if ca.depends_on(jacobian, stacked):
+        return None
+    constant = ca.Function("constant", symbols, [values])(*[0] * len(symbols)).full().reshape(-1)
+    slope = ca.Function("slope", [], [jacobian])()["o0"]
+    pattern, shape = slope.sparsity(), (count, sum(sizes))
+    M = sp.csc_array((slope.nonzeros(), pattern.row(), pattern.colind()), shape=shape)
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    blocks = tuple(b for b in range(len(sizes)) if M.indptr[starts[b]] < M.indptr[starts[b + 1]])
+    M = sp.hstack([M[:, starts[b] : starts[b + 1]] for b in blocks]).tocsr() if blocks else M.tocsr()
+    lengths = np.diff(M.indptr)
+    if lengths.max(initial=0) > _TERMS:
+        return None
+    terms: list[tuple[Index, Array | None]] = []
+    for k in range(lengths.max(initial=0)):
+        there = lengths > k
+        entries = np.where(there, M.indptr[:-1] + k, 0)
+        coefficients = np.where(there, M.data[entries], 0.0)
+        source = M.indices[entries].astype(np.intp)
+        terms.append((source, None if (coefficients == 1).all() else coefficients))
+    return LinearMap(constant, blocks, tuple(terms))

@@ -1,0 +1,74 @@
+"""Matrices that are affine in the parameters are gathered from them; they are those that CasADi evaluates."""
+
+import numpy as np
+import pytest
+import torch
+
+import ddn_solvers as ddn
+from ddn_solvers.derived import scaled
+from ddn_solvers.program import compile_program
+
+D = torch.float64
+CONSTANT = torch.linspace(0.5, 2.0, 6, dtype=D)
+
+
+def weighted(u, w, x):
+    return (w * (u - x).square()).sum() + 0.5 * CONSTANT @ u.square() + u[0] * u[1] * (w[0] - 2 * w[1] + 3)
+
+
+PROBLEMS = {
+    "parametrised QP": ddn.quadratic_program(6, 2, 3),
+    "LP": ddn.linear_program(6, 2, 3),
+    "constant": ddn.Problem(
+        {"u": (6,)}, {"x": (6,)}, lambda u, x: (CONSTANT * (u - x).square()).sum(), lambda u: u.sum()
+    ),
+    "sums": ddn.Problem({"u": (6,)}, {"w": (6,), "x": (6,)}, weighted, lambda u, w: (w + 1) * u - CONSTANT),
+    "product": ddn.Problem(
+        {"u": (6,)}, {"w": (6,)}, lambda u, w: (w * w * u.square()).sum(), lambda u, w: w @ u
+    ),
+    "quartic": ddn.Problem(
+        {"u": (6,)}, {"w": (6,)}, lambda u, w: (w * u**4).sum(), lambda u, w: w * u.square()
+    ),
+}
+MAPPED = {"parametrised QP", "LP", "constant", "sums"}
+
+
+@pytest.mark.parametrize("shared", ["none", "first", "all"])
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_gathered_matrices_are_the_evaluated_ones(name, shared):
+    program = compile_program(PROBLEMS[name])
+    rng = np.random.default_rng(0)
+    blocks = [rng.standard_normal((4, block.size)) for block in program.parameters]
+    blocks = [b[0] if shared == "all" or (shared == "first" and i == 0) else b for i, b in enumerate(blocks)]
+    z, y = rng.standard_normal((4, 6)), rng.standard_normal((4, program.constraints))
+    f, gradient, c, jacobian = program._kernel("first_order")(z, *blocks)
+    (hessian,) = program._kernel("hessian")(z, *blocks, y, np.ones((4, 1)))
+    first = program.first_order(z, blocks)
+    np.testing.assert_array_equal(first.objective, f[:, 0])
+    np.testing.assert_array_equal(first.gradient, gradient)
+    np.testing.assert_array_equal(first.constraints, c)
+    np.testing.assert_allclose(first.jacobian, jacobian, rtol=1e-15, atol=1e-15)
+    np.testing.assert_allclose(program.hessian(z, blocks, y), hessian, rtol=1e-14, atol=1e-14)
+    assert (program._map("jacobian_map") is not None) == (name in {*MAPPED, "product"})
+    affine = name in MAPPED and program.hessian_pattern.nnz > 0
+    assert (program._map("hessian_map") is not None) == affine
+
+
+def test_scaled_variables_are_no_copy_of_the_parameters():
+    """There the matrices are products of parameters, and evaluated."""
+    program = scaled(compile_program(PROBLEMS["parametrised QP"]))
+    assert program._map("hessian_map") is None
+
+
+def test_a_dense_hessian_is_compiled_without_looking_for_symmetry():
+    """With it CasADi takes 12 s where n is 400."""
+    n = 60
+    g = torch.Generator().manual_seed(0)
+    L = torch.randn(n, n, dtype=D, generator=g)
+    values = {"P": L @ L.T / n + torch.eye(n, dtype=D), "q": torch.randn(n, dtype=D, generator=g)}
+    solution = ddn.solve(ddn.quadratic_program(n), values)
+    torch.testing.assert_close(
+        solution["u"], -torch.linalg.solve(values["P"], values["q"]), rtol=0, atol=1e-12
+    )
+    program = compile_program(ddn.quadratic_program(n))
+    assert program.functions.hessian.n_nodes() < 20 * n
