@@ -61,7 +61,9 @@ CASES: dict[str, Callable[[], dict[str, torch.Tensor]]] = {
 }
 
 
-def outcome(make: Callable[[Tensors], Callable[[Tensors], torch.Tensor]], tensors: dict[str, torch.Tensor]) -> str:
+def outcome(
+    make: Callable[[Tensors], Callable[[Tensors], torch.Tensor]], tensors: dict[str, torch.Tensor]
+) -> str:
     leaves = {name: t.requires_grad_() for name, t in tensors.items()}
     with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("always")

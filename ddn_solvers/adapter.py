@@ -103,6 +103,9 @@ class Options:
         max_iter: Iterations, or ``None`` for the backend's default.
         time_limit: Seconds of wall time for one sample, or ``None``.
         tolerance: The backend's own stopping tolerance, or ``None`` for a tight one.
+        call_time_limit: Seconds for all samples and retries, or ``None``: adapters see ``deadline``.
+        deadline: When that is over, on ``time.monotonic``; kept by ``attempt`` between samples, and by
+            ``Instance`` in methods that call back.
         isolate: Run the backend in a process of its own; adapters see nothing of it.
         native: Options under the backend's own names; unknown ones are a ``ProblemError``.
     """
@@ -110,6 +113,8 @@ class Options:
     max_iter: int | None = None
     time_limit: float | None = None
     tolerance: float | None = None
+    call_time_limit: float | None = None
+    deadline: float = np.inf
     isolate: bool = False
     native: Mapping[str, Any] = field(default_factory=dict)
 
@@ -292,9 +297,9 @@ class Instance:
 
     @cached_property
     def deadline(self) -> float:
-        """When ``options.time_limit`` is over, on ``time.monotonic``; counted from the first look at it."""
+        """When ``options.time_limit`` is over, on ``time.monotonic``, counted from the first look at it, or the call's."""
         limit = self.options.time_limit
-        return np.inf if limit is None else time.monotonic() + limit
+        return min(self.options.deadline, np.inf if limit is None else time.monotonic() + limit)
 
     @property
     def last(self) -> Array:
@@ -428,6 +433,8 @@ class Adapter(abc.ABC):
             KeyboardInterrupt: Ctrl-C, even where the backend swallows it.
         """
         try:
+            if time.monotonic() > instance.options.deadline:
+                raise OutOfTime("the time limit of the call was reached before this sample")
             with interruptible():
                 point = self.solve(instance)
         except DDNError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -110,12 +111,18 @@ class Search:
                 Status.INFEASIBLE,
                 f"the bounds of {name} contradict: lower > upper",
             )
+        if self.options.call_time_limit is not None:
+            deadline = time.monotonic() + self.options.call_time_limit
+            self.options = replace(self.options, deadline=deadline)
         refusal: BackendCannotSolve | None = None
         attempts = self._attempts()
         for route in attempts:
             remaining = self._remaining(route, open_)
             if not remaining.size:
                 continue
+            if time.monotonic() > self.options.deadline:
+                self._out_of_time(remaining)
+                break
             initial = given if route.start is Start.GIVEN else self.start(route.start, lower, upper)
             lifted = route.form is Form.LIFTED
             if lifted and route is not attempts[-1] and self._has_concave_kinks(bound, initial):
@@ -137,6 +144,12 @@ class Search:
         self._solve_determined(bound, best)
         self._diagnose(bound, best)
         return self._outputs(bound, best)
+
+    def _out_of_time(self, samples: Index) -> None:
+        """Samples that no solver has seen say so; of the others the verdict stands."""
+        for i in samples:
+            if not self.backend[i]:
+                self.status[i], self.reasons[i] = Status.TIME_LIMIT, "the time limit of the call was reached"
 
     def _attempts(self) -> list[Route]:
         """The routes; where the caller gave a start that may have misled them, then again from a fresh one.
@@ -272,7 +285,8 @@ class Search:
 
     def _diagnose(self, bound: Bound, best: PrimalDual) -> None:
         """Tell infeasible and unbounded samples where the backend could not."""
-        limited = self.options.max_iter is not None or self.options.time_limit is not None
+        limits = (self.options.max_iter, self.options.time_limit, self.options.call_time_limit)
+        limited = any(limit is not None for limit in limits)
         for i, status in enumerate(self.status):
             if status not in _UNEXPLAINED and (status is not Status.ITERATION_LIMIT or limited):
                 continue

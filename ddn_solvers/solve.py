@@ -58,7 +58,8 @@ def solve(
             default zero, moved into the bounds. Samples that fail from there are tried from the default.
         warm_start: An earlier ``Solution`` of the same batch: point and multipliers to start from, with
             the same retry.
-        options: ``max_iter``, ``time_limit`` (seconds a sample), ``tolerance``, ``isolate`` (``True``: the
+        options: ``max_iter``, ``time_limit`` (seconds a sample), ``call_time_limit`` (seconds for
+            all samples and retries together), ``tolerance``, ``isolate`` (``True``: the
             backend runs in a process of its own, which may crash or be ended), and native options of the
             backend.
         policy: What to do about failures and degenerate derivatives.
@@ -147,7 +148,12 @@ def as_options(options: Mapping[str, Any] | None) -> Options:
     """What every adapter translates, or never sees, split from the backend's native options."""
     native = dict(options or {})
     limits: dict[str, Any] = {}
-    for name, kind in (("max_iter", int), ("time_limit", float), ("tolerance", float)):
+    for name, kind in (
+        ("max_iter", int),
+        ("time_limit", float),
+        ("call_time_limit", float),
+        ("tolerance", float),
+    ):
         value = native.pop(name, None)
         if value is None:
             continue

@@ -1,6 +1,7 @@
 """What is tried again, from where, and how failures are told."""
 
 import pickle
+import time
 
 import pytest
 import torch
@@ -134,3 +135,27 @@ def test_one_constraint_that_some_variables_do_not_enter(solver):
     )
     s = ddn.solve(problem, {"r": torch.tensor(0.5, dtype=D)}, solver=solver)
     assert torch.allclose(s["u"], torch.full((2,), 0.5, dtype=D), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("solver", ["scipy:SLSQP", "casadi:ipopt", ["casadi:ipopt", "scipy:SLSQP"]])
+def test_the_time_limit_of_a_call_holds_for_all_samples_and_retries_together(solver):
+    """A callback that sleeps: each sample takes a good part of the half second that the call has."""
+
+    def slow(u, x):
+        time.sleep(0.01)
+        return (u - x).cosh().sum() if u.sum() < 1e6 else u.sum()
+
+    problem = ddn.Problem({"u": (2,)}, {"x": (2,)}, slow)
+    x = 5 + torch.rand(20, 2, dtype=D, generator=torch.Generator().manual_seed(0))
+    policy, options = ddn.Policy(on_failure="mask"), {"call_time_limit": 0.5}
+    with pytest.warns(ddn.FallbackWarning):
+        solution = ddn.solve(problem, {"x": x}, solver=solver, options=options, policy=policy)
+    late = [i for i, s in enumerate(solution.status) if s is ddn.Status.TIME_LIMIT]
+    assert late
+    assert 19 in late
+    assert solution.stats.seconds < 20.0
+    assert "time limit of the call" in solution.stats.message[19]
+    for i, status in enumerate(solution.status):
+        assert status in (ddn.Status.OPTIMAL, ddn.Status.TIME_LIMIT)
+        if status is ddn.Status.OPTIMAL:
+            assert torch.allclose(solution["u"][i], x[i], rtol=0, atol=1e-8)
