@@ -31,6 +31,9 @@ from ddn_solvers.problem import Problem
 from ddn_solvers.terms import Substitution, Term, Untraceable, evaluate, line_of, terms_of
 
 
+_Content = tuple[str, list[torch.Tensor]]  # what makes a graph: its code and its constants
+
+
 @dataclass(frozen=True, eq=False)
 class Graph:
     """The problem's functions as one graph.
@@ -72,10 +75,26 @@ def trace(problem: Problem) -> Graph:
     Raises:
         ProblemError: A function returns something that is not what it has to be.
         TraceError: A function has no sound derivative or no fixed value (random numbers, numbers
-            taken out of tensors, arguments changed in place).
+            taken out of tensors, arguments or captured values that it changes itself).
     """
-    terms = terms_of(problem)
     seen = find_captures(problem)
+    graph = _trace(problem, seen)
+    if all(watch.holds(None) for watch in seen.watches):
+        return graph
+    before = _content(graph.module)
+    seen = find_captures(problem)  # a cache that was filled at the first call stays as it is at the second
+    again = _trace(problem, seen)
+    changed = [watch.accessor.name for watch in seen.watches if not watch.holds(None)]
+    if changed and graph.module is not None and not _same(before, _content(again.module)):
+        raise TraceError(
+            f"the problem's functions change what they capture ({', '.join(changed)}) each time they are called, so the "
+            "problem has no fixed value. Compute a new value instead of changing one, and pass counters as parameters."
+        )
+    return again
+
+
+def _trace(problem: Problem, seen: Captures) -> Graph:
+    terms = terms_of(problem)
     captured = [accessor.read() for accessor in seen.inputs]
     accessors = list(seen.inputs)
     while True:
@@ -83,7 +102,7 @@ def trace(problem: Problem) -> Graph:
             drawn = _random_state()
             module, shapes, undeclared, refusal = _attempt(problem, terms, captured)
             if module is not None and _random_state() != drawn:  # by these functions, or by another thread
-                _refuse_random(module, _attempt(problem, terms, captured)[0])
+                _refuse_random(_content(module), _attempt(problem, terms, captured)[0])
         if not undeclared:
             break
         for tensor in undeclared:  # held by no accessor: the tensor itself is the accessor
@@ -101,17 +120,26 @@ def _random_state() -> Any:
     return random.getstate(), name, np.asarray(keys).tobytes(), rest
 
 
-def _refuse_random(first: fx.GraphModule, again: fx.GraphModule | None) -> None:
+def _refuse_random(first: _Content | None, again: fx.GraphModule | None) -> None:
     """Two traces of the same functions have to be the same."""
-    same = again is not None and first.code == again.code
-    if again is not None and same:
-        constants = zip(first.buffers(), again.buffers(), strict=True)
-        same = all(torch.equal(a, b) for a, b in constants)
-    if not same:
+    if not _same(first, _content(again)):
         raise TraceError(
             "the problem's functions draw random numbers from Python's or NumPy's global generator, so the problem has "
             "no fixed value. Draw them outside and pass them as a parameter."
         )
+
+
+def _content(module: fx.GraphModule | None) -> _Content | None:
+    """Code and constants of a graph, as of now: a constant may be a tensor that functions change."""
+    if module is None:
+        return None
+    return module.code, [constant.clone() for constant in module.buffers()]
+
+
+def _same(first: _Content | None, again: _Content | None) -> bool:
+    if first is None or again is None or first[0] != again[0]:
+        return False
+    return all(torch.equal(a, b) for a, b in zip(first[1], again[1], strict=True))
 
 
 @contextlib.contextmanager

@@ -194,3 +194,30 @@ HOSTILE = {
 def test_a_hostile_dict_raises(entry, fields):
     with pytest.raises(ddn.ProblemError):
         entry(fields)
+
+
+def test_a_function_that_changes_what_it_captures_is_named():
+    offset, calls, cache = torch.zeros(2, dtype=torch.float64), [0], {}
+
+    def drifts(u, x):
+        offset.add_(1.0)
+        return (u - x - offset).square().sum()
+
+    def counts(u, x):
+        calls[0] += 1
+        return (u - calls[0] * x).square().sum()
+
+    for function, name in ((drifts, "offset"), (counts, r"calls\[0\]")):
+        with pytest.raises(ddn.TraceError, match=rf"change what they capture \({name}\)"):
+            ddn.solve(
+                ddn.Problem({"u": (2,)}, {"x": (2,)}, function), {"x": torch.ones(2, dtype=torch.float64)}
+            )
+
+    def remembers(u, x):  # harmless, and so is a count that nothing depends on
+        calls[0] += 1
+        return (u - x).square().sum() * cache.setdefault("two", 2.0)
+
+    problem = ddn.Problem({"u": (2,)}, {"x": (2,)}, remembers)
+    for _ in range(2):
+        solution = ddn.solve(problem, {"x": torch.ones(2, dtype=torch.float64)})
+        assert torch.allclose(solution["u"], torch.ones(2, dtype=torch.float64), rtol=0, atol=1e-12)

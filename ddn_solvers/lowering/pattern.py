@@ -156,7 +156,7 @@ class Matrices:
         if self.pattern.full:
             turned = self.dense.transpose(0, 2, 1) * columns[:, :, None]
             turned *= rows[:, None, :]
-            return Matrices(self.pattern, turned.reshape(len(turned), -1))
+            return Matrices(self.pattern, turned.reshape(self.nonzeros.shape))
         return Matrices(
             self.pattern,
             self.nonzeros * rows[:, self.pattern.indices] * columns[:, self.pattern.columns],
