@@ -70,7 +70,13 @@ def libdqp(_: Tensors) -> Call:
         solve_type="dense", qp_solver="daqp", lin_solver="scipy LU", warm_start_from_previous=False
     )
     layer = dQP_layer(settings=settings)
-    return lambda t: layer(t["P"], t["q"], t["G"], t["h"], t["A"], t["b"])[0].reshape(t["q"].shape)
+
+    def call(t: Tensors) -> torch.Tensor:
+        alone = len(t["q"]) == 1  # it takes no batch of one
+        inputs = [t[name][0] if alone else t[name] for name in ("P", "q", "G", "h", "A", "b")]
+        return layer(*inputs)[0].reshape(t["q"].shape)
+
+    return call
 
 
 def _cvxpylayers(**options: Any) -> Callable[[Tensors], Call]:

@@ -145,7 +145,7 @@ class Evaluation:
         a flat coordinate whose second derivative came out as 1e-17 would be scaled up and taken for a curved one.
         """
         matrices = self._second
-        rows = matrices.map(np.abs).times(self.own_size) * self.own_size
+        rows = matrices.absolute.times(self.own_size) * self.own_size
         curved = rows > FLAT * _largest(rows)[:, None]
         return matrices if curved.all() else matrices.scaled(curved.astype(float), curved.astype(float))
 
@@ -328,7 +328,7 @@ class Evaluation:
     @cached_property
     def reach(self) -> Array:
         """|J_i w|: how much a constraint changes where the variables change by their sizes, (B, m)."""
-        reach: Array = np.sqrt(self.J.map(np.square).times(self.size**2))
+        reach: Array = np.sqrt(self.J.squared.times(self.size**2))
         return reach
 
     @cached_property
@@ -367,9 +367,9 @@ class Evaluation:
             return np.ones(len(z))
         first, H, J, far = self.first, self._second, self.J, np.abs(z)
         curvature, bends = H.diagonal(), H.times(z)
-        bending = H.map(np.abs).times(far)
+        bending = H.absolute.times(far)
         q = _significant(first.gradient - bends, bending)
-        offset = _significant(first.constraints - J.times(z), J.map(np.abs).times(far))
+        offset = _significant(first.constraints - J.times(z), J.absolute.times(far))
         at_zero = first.objective - ((first.gradient - bends / 2) * z).sum(axis=1)
         at_zero = _significant(at_zero, ((np.abs(q) + bending) * far).sum(axis=1))
         steepest, most, rows = _largest(q), _largest(curvature), self.row_norms
@@ -408,7 +408,7 @@ class Evaluation:
 
     def _force(self, bending: Array, size: Array) -> Array:
         """The largest change of the objective, by curvature where variables change by ``bending``, else by ``size``."""
-        curvature = self.H.map(np.abs).scaled(bending, bending).largest()
+        curvature = self.H.absolute.scaled(bending, bending).largest()
         kinks = _largest(self.kink_weights * self._kink_norms)
         forces = np.maximum.reduce([_largest(self.first.gradient * size), curvature, kinks])
         return np.where(forces > 0, forces, 1.0)[:, None]
@@ -447,9 +447,9 @@ class Evaluation:
         direction, a force that nothing meets there remains one. Where it is so far that rounding hides any force, the
         residual is that rounding.
         """
-        meeting = np.abs(self.first.gradient) + self.J.map(np.abs).transposed_times(np.abs(self.point.y))
+        meeting = np.abs(self.first.gradient) + self.J.absolute.transposed_times(np.abs(self.point.y))
         felt = np.minimum(self.own_size, np.maximum(self.reference, self.length)[:, None])
-        bends = self.H.map(np.abs)
+        bends = self.H.absolute
         curvature, rounding = bends.times(felt), _EPSILON * bends.times(np.abs(self.point.z))
         if not self.program.numbers.all():  # that of a norm near its zero is no force that could meet another
             largest = self._strength

@@ -316,7 +316,7 @@ def _scales(measured: Evaluation) -> tuple[Array, Array]:
     """Unit and energy of the scaled problem, powers of two, (B, 1) each: its numbers are then about one."""
     unit = measured.length
     gradient = np.abs(measured.first.gradient).max(axis=1, initial=0.0)
-    energy = np.maximum(unit * gradient, unit**2 * measured.H.map(np.abs).largest())
+    energy = np.maximum(unit * gradient, unit**2 * measured.H.absolute.largest())
 
     def rounded(values: Array) -> Array:
         return np.exp2(np.round(np.log2(np.where(values > 0, values, 1.0))))[:, None]

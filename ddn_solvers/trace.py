@@ -30,7 +30,6 @@ from ddn_solvers.layout import Shape
 from ddn_solvers.problem import Problem
 from ddn_solvers.terms import Substitution, Term, Untraceable, evaluate, line_of, terms_of
 
-
 _Content = tuple[str, list[torch.Tensor]]  # what makes a graph: its code and its constants
 
 

@@ -23,7 +23,7 @@ def units_of(H: Matrices, J: Matrices) -> Array | None:
     The largest unit of a sample is one.
     """
     with np.errstate(all="ignore"):
-        rows = H.map(np.abs).row_sums()
+        rows = H.absolute.row_sums()
         curvature = np.where(
             rows > FLAT * rows.max(axis=1, keepdims=True, initial=0.0), np.abs(H.diagonal()), 0.0
         )

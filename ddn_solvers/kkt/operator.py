@@ -119,7 +119,7 @@ class Sparse(Operator):
         return torch.from_numpy(self.matrices.transposed_times(y.numpy()))
 
     def absolute(self) -> Sparse:
-        return Sparse(self.matrices.map(np.abs))
+        return Sparse(self.matrices.absolute)
 
     def scaled(self, rows: torch.Tensor, columns: torch.Tensor) -> Sparse:
         return Sparse(self.matrices.scaled(rows.numpy(), columns.numpy()))

@@ -151,6 +151,16 @@ class Matrices:
         """``function`` of every nonzero."""
         return Matrices(self.pattern, function(self.nonzeros))
 
+    @cached_property
+    def absolute(self) -> Matrices:
+        """|M_ij|"""
+        return self.map(np.abs)
+
+    @cached_property
+    def squared(self) -> Matrices:
+        """M_ij^2"""
+        return self.map(np.square)
+
     def scaled(self, rows: Array, columns: Array) -> Matrices:
         """diag(rows) M diag(columns)"""
         if self.pattern.full:
@@ -164,19 +174,19 @@ class Matrices:
 
     def row_norms(self) -> Array:
         """(B, rows)"""
-        return np.sqrt(self.map(np.square).row_sums())
+        return np.sqrt(self.squared.row_sums())
 
     def largest(self) -> Array:
         """max |M_ij|, (B,)"""
-        largest: Array = np.abs(self.nonzeros).max(axis=1, initial=0.0)
+        largest: Array = self.absolute.nonzeros.max(axis=1, initial=0.0)
         return largest
 
     def row_largest(self) -> Array:
         """max_j |M_ij|, (B, rows)"""
         if self.pattern.full:
-            largest: Array = np.abs(self.dense).max(axis=2, initial=0.0)
+            largest: Array = self.absolute.dense.max(axis=2, initial=0.0)
             return largest
-        return self.pattern.row_runs.largest(np.abs(self.nonzeros)[:, self.pattern.by_row])
+        return self.pattern.row_runs.largest(self.absolute.nonzeros[:, self.pattern.by_row])
 
     def diagonal(self) -> Array:
         """(B, min(shape))"""
@@ -190,9 +200,9 @@ class Matrices:
     def column_largest(self) -> Array:
         """max_i |M_ij|, (B, columns)"""
         if self.pattern.full:
-            largest: Array = np.abs(self.dense).max(axis=1, initial=0.0)
+            largest: Array = self.absolute.dense.max(axis=1, initial=0.0)
             return largest
-        return self.pattern.column_runs.largest(np.abs(self.nonzeros))
+        return self.pattern.column_runs.largest(self.absolute.nonzeros)
 
     def take(self, samples: Any) -> Matrices:
         return Matrices(self.pattern, self.nonzeros[samples])
