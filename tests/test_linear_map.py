@@ -30,6 +30,9 @@ PROBLEMS = {
         {"u": (6,)}, {"w": (6,)}, lambda u, w: (w * u**4).sum(), lambda u, w: w * u.square()
     ),
 }
+NO_PARAMETERS = ddn.Problem(
+    {"u": (6,)}, {}, lambda u: (CONSTANT * u.square()).sum() - u.sum(), lambda u: u[:3].sum()
+)
 MAPPED = {"parametrised QP", "LP", "constant", "sums"}
 
 
@@ -52,6 +55,15 @@ def test_gathered_matrices_are_the_evaluated_ones(name, shared):
     assert (program._map("jacobian_map") is not None) == (name in {*MAPPED, "product"})
     affine = name in MAPPED and program.hessian_pattern.nnz > 0
     assert (program._map("hessian_map") is not None) == affine
+
+
+def test_a_problem_without_parameters():
+    program = compile_program(NO_PARAMETERS)
+    np.testing.assert_array_equal(
+        program.hessian(np.zeros((3, 6)), [], np.zeros(1)), np.tile(2 * CONSTANT.numpy(), (3, 1))
+    )
+    solution = ddn.solve(NO_PARAMETERS, {})
+    torch.testing.assert_close(solution["u"][3:], 0.5 / CONSTANT[3:], rtol=0, atol=1e-12)
 
 
 def test_scaled_variables_are_no_copy_of_the_parameters():

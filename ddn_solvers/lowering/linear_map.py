@@ -70,12 +70,13 @@ def linear_map(nonzeros: ca.MX, parameters: Sequence[ca.MX], ones: Sequence[ca.M
         function = ca.Function("nonzeros", [*parameters, *ones], [nonzeros]).expand()
     except RuntimeError:  # depends on more than the parameters, or has operations that are not of scalars
         return None
-    values, stacked = ca.densify(function(*symbols, *[1] * len(ones))), ca.vertcat(*symbols)
+    inputs = [*symbols, *[ca.SX(1)] * len(ones)]
+    values, stacked = ca.densify(ca.SX(function.call(inputs)[0])), ca.vertcat(ca.SX(0, 1), *symbols)
     jacobian = ca.jacobian(values, stacked)
     if ca.depends_on(jacobian, stacked):
         return None
-    constant = ca.Function("constant", symbols, [values])(*[0] * len(symbols)).full().reshape(-1)
-    slope = ca.Function("slope", [], [jacobian])()["o0"]
+    constant = ca.Function("constant", symbols, [values]).call([ca.DM.zeros(size) for size in sizes])[0]
+    slope = ca.Function("slope", [], [jacobian]).call([])[0]
     pattern, shape = slope.sparsity(), (count, sum(sizes))
     M = sp.csc_array((slope.nonzeros(), pattern.row(), pattern.colind()), shape=shape)
     starts = np.concatenate([[0], np.cumsum(sizes)])
@@ -91,4 +92,4 @@ def linear_map(nonzeros: ca.MX, parameters: Sequence[ca.MX], ones: Sequence[ca.M
         coefficients = np.where(there, M.data[entries], 0.0)
         source = M.indices[entries].astype(np.intp)
         terms.append((source, None if (coefficients == 1).all() else coefficients))
-    return LinearMap(constant, blocks, tuple(terms))
+    return LinearMap(constant.full().reshape(-1), blocks, tuple(terms))
