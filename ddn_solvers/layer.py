@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class DeclarativeLayer(torch.nn.Module):
         solver: As in ``ddn.solve``.
         options: As in ``ddn.solve``.
         policy: As in ``ddn.solve``.
-        warm_start: Start each call from the solution of the previous one, where the batch is the same.
+        warm_start: Start each sample of a call from its last good solution, where the batch is the same.
 
     Raises:
         ProblemError: A wrong declaration, option or policy.
@@ -118,7 +119,7 @@ class DeclarativeLayer(torch.nn.Module):
             self._own_captures(),
         )
         if self.warm_start and not torch._C._are_functorch_transforms_active():
-            self._previous = solution.detach()
+            self._previous = _last_good(solution.detach(), self._previous)
         return solution
 
     def _by_name(self, parameters: tuple[Any, ...], by_name: dict[str, Any]) -> dict[str, Any]:
@@ -190,6 +191,22 @@ class _Origin:
         """The layer's ``own``, or the plain tensor that ``functional_call`` has put at its source alone."""
         value = self.accessor.read_anchor()
         return value if own is self._value() and isinstance(value, torch.Tensor) else own
+
+
+def _last_good(solution: Solution, before: Solution | None) -> Solution:
+    """``solution``, with the points of ``before`` for samples that failed: what the next call starts from."""
+    good, batch = solution.converged, solution.objective.shape
+    if before is None or before.objective.shape != batch or bool(good.all()):
+        return solution
+
+    def kept(new: Mapping[str, torch.Tensor], old: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        wide = {name: good.reshape(*batch, *[1] * (t.dim() - len(batch))) for name, t in new.items()}
+        return {name: torch.where(wide[name], t, old[name].to(t)) for name, t in new.items()}
+
+    sides = {side: kept(tensors, getattr(before.dual, side)) for side, tensors in vars(solution.dual).items()}
+    return replace(
+        solution, primal=kept(solution.primal, before.primal), dual=replace(solution.dual, **sides)
+    )
 
 
 def _same_batch(solution: Solution, values: Mapping[str, Any], problem: Problem) -> bool:

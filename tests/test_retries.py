@@ -159,3 +159,17 @@ def test_the_time_limit_of_a_call_holds_for_all_samples_and_retries_together(sol
         assert status in (ddn.Status.OPTIMAL, ddn.Status.TIME_LIMIT)
         if status is ddn.Status.OPTIMAL:
             assert torch.allclose(solution["u"][i], x[i], rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("on_failure", ["nan", "mask"])
+def test_a_layer_goes_back_to_the_last_good_point_of_a_sample(on_failure):
+    layer = ddn.DeclarativeLayer(
+        VALLEY, "casadi:ipopt", policy=ddn.Policy(on_failure=on_failure), warm_start=True
+    )
+    first = layer.solve(torch.tensor([[0.3, -0.2], [0.5, 0.1]], dtype=D))
+    layer.options = {"max_iter": 1}
+    second = layer.solve(torch.tensor([[0.3, -0.2], [9.5, 8.0]], dtype=D))
+    assert second.converged.tolist() == [True, False]
+    kept = layer._previous["u"]
+    assert torch.equal(kept[0], second["u"][0])
+    assert torch.equal(kept[1], first["u"][1])
