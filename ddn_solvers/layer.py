@@ -14,6 +14,7 @@ from ddn_solvers.captures import Accessor
 from ddn_solvers.errors import ProblemError
 from ddn_solvers.policy import Policy, as_policy
 from ddn_solvers.problem import Problem, as_problem
+from ddn_solvers.profile import Profile, profile
 from ddn_solvers.program import compile_program
 from ddn_solvers.routing import Solver, routes
 from ddn_solvers.solution import Solution
@@ -121,6 +122,24 @@ class DeclarativeLayer(torch.nn.Module):
         if self.warm_start and not torch._C._are_functorch_transforms_active():
             self._previous = _last_good(solution.detach(), self._previous)
         return solution
+
+    @uncompiled
+    def profile(self, *parameters: Any, repeats: int = 20, **by_name: Any) -> Profile:
+        """Where the time of a call and its backward goes; parameters as in a call.
+
+        Args:
+            repeats: Calls, after a first one, of which medians are taken.
+
+        Raises:
+            ProblemError, SolveError: As a call.
+        """
+        values = self._by_name(parameters, by_name)
+        inputs = {
+            name: value.detach().requires_grad_()
+            for name, value in values.items()
+            if isinstance(value, torch.Tensor) and value.is_floating_point()
+        }
+        return profile(lambda: self.solve(**{**values, **inputs}), inputs, repeats)
 
     def _by_name(self, parameters: tuple[Any, ...], by_name: dict[str, Any]) -> dict[str, Any]:
         declared = list(self.problem.parameters)

@@ -89,9 +89,17 @@ class Search:
     method: list[str] = field(default_factory=list)
     iterations: list[int | None] = field(default_factory=list)
     verified: Verified | None = None
+    phases: dict[str, float] = field(default_factory=lambda: {"backend": 0.0, "verification": 0.0})
 
     def find(self, parameters: tuple[Array, ...]) -> Outputs:
         """Solve every sample, route after route; see ``Outputs``."""
+        started, before = time.perf_counter(), self.phases["backend"]
+        outputs = self._find(parameters)
+        in_backends = self.phases["backend"] - before
+        self.phases["verification"] += time.perf_counter() - started - in_backends
+        return outputs
+
+    def _find(self, parameters: tuple[Array, ...]) -> Outputs:
         program = self.program
         check_finite(program, parameters)
         lower, upper = program.bounds(parameters)
@@ -210,7 +218,11 @@ class Search:
             )
         batch = Batch(program, parameters, lower, upper, start, route.method.name, self.options, warm)
         attempt = isolation.attempt_batch if self.options.isolate else Adapter.attempt_batch
-        points = attempt(route.adapter, batch)
+        started = time.perf_counter()
+        try:
+            points = attempt(route.adapter, batch)
+        finally:
+            self.phases["backend"] += time.perf_counter() - started
         points = [self._checked(point, z) for point, z in zip(points, start, strict=True)]
         if route.form is Form.SCALED:
             return [_unscaled(*each) for each in zip(points, unit[:, 0], energy[:, 0], strict=True)]

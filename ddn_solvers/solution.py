@@ -70,6 +70,8 @@ class Stats:
         iterations: Iterations it reports, or ``None`` where it reports none.
         message: What the backend (or the verification) said.
         seconds: Wall time of the whole call.
+        phases: Of these, seconds in the ``"backend"`` and in ``"verification"``: polish, residuals, multipliers,
+            active set, and the explanation of failures.
     """
 
     backend: tuple[str, ...]
@@ -77,6 +79,7 @@ class Stats:
     iterations: tuple[int | None, ...]
     message: tuple[str, ...]
     seconds: float
+    phases: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

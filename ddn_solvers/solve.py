@@ -131,6 +131,7 @@ def conclude(
         tuple(search.iterations),
         tuple(search.reasons),
         time.perf_counter() - started,
+        dict(search.phases),
     )
 
     def certificate() -> Certificate:
