@@ -52,7 +52,7 @@ class Profile:
 def profile(solve: Callable[[], Solution], inputs: Mapping[str, torch.Tensor], repeats: int) -> Profile:
     """Measure calls of ``solve`` and the backward of each, with respect to those inputs that it depends on."""
     times: list[tuple[float, ...]] = []
-    first = samples = 0.0
+    first, samples = 0.0, 0
     for call in range(repeats + 1):
         started = time.perf_counter()
         solution = solve()
@@ -68,6 +68,5 @@ def profile(solve: Callable[[], Solution], inputs: Mapping[str, torch.Tensor], r
             times.append((parts["backend"], parts["verification"], rest, backward))
         else:
             first, samples = solved - started + backward, len(solution.status)
-    return Profile(
-        first, *(statistics.median(part) for part in zip(*times, strict=True)), int(samples), repeats
-    )
+    backend, verification, rest, backward = (statistics.median(part) for part in zip(*times, strict=True))
+    return Profile(first, backend, verification, rest, backward, samples, repeats)
