@@ -36,7 +36,7 @@ _TINY = 1e-300
 _EPSILON = float(np.finfo(float).eps)
 _CANCELLED = 1e3 * _EPSILON  # of the terms of a difference, what may be their rounding
 _SMALLEST = 1e-9  # size of the variables relative to 1 that may not be rounding
-_NOTHING = 1e-9  # relative size of the forces that meet in a row below which they are not told apart
+_NOTHING = 1e-7  # relative size of the forces that meet in a row below which they are not told apart: with the accuracy, rounding
 _ROUNDING = 1e-13  # relative force that counts as none
 _VANISHING = 1e-2  # of the change of a row's gradient over a hundredth of the point's size
 

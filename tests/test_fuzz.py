@@ -25,10 +25,12 @@ from known_kkt import (
     REGULAR,
     STRONG,
     WEAK,
+    Block,
     D,
     Declaration,
     Known,
     Reference,
+    build,
     known_points,
     random_declaration,
     reference,
@@ -544,3 +546,12 @@ def test_a_point_whose_forces_cancel_to_rounding_is_stationary() -> None:
     problem = ddn.Problem({"u": (2,)}, {"x": ()}, objective)
     found = ddn.sensitivity(problem, {"x": torch.ones((), dtype=D)}, torch.zeros(2, dtype=D))
     assert found.certificate.stationarity < 1e-15
+
+
+def test_a_row_without_forces_is_not_held_to_less_than_rounding() -> None:
+    """In u[1] of sample 1 nothing meets: its 1e-14 is the rounding of terms that cancel inside of the function."""
+    inequality = (Block("exponential", (1,), 0.0),)
+    flat = Declaration((("u", (3,)),), "quartic", (), inequality, ("free",), False)
+    known = build(flat, 0, [[1, 0, 0, 0], [0, 0, 0, 0]], "flat", shared=True)
+    found = ddn.sensitivity(known.declaration.problem, known.parameters, known.primal)
+    assert found.certificate.singular.all()
