@@ -8,7 +8,8 @@ import torch
 
 import ddn_solvers as ddn
 
-BUILT_IN = {"casadi", "cvxpy", "scipy"}
+BUILT_IN = {"casadi", "cvxpy", "scipy", "daqp"}
+EXTRA = {"daqp"}  # whose packages the wheel does not ask for
 
 
 def main() -> None:
@@ -26,7 +27,7 @@ def main() -> None:
         equality=lambda u: u.sum() - 1,
     )
     expected = torch.tensor([0.75, 0.25], dtype=torch.float64)  # x moved along (1, 1) onto the line
-    for backend in ddn.backends():
+    for backend in sorted(BUILT_IN - EXTRA):
         x = torch.tensor([0.5, 0.0], dtype=torch.float64, requires_grad=True)
         y = ddn.solve(problem, {"x": x}, solver=backend)["u"]
         torch.testing.assert_close(y.detach(), expected, rtol=0, atol=1e-9)
@@ -34,7 +35,7 @@ def main() -> None:
         torch.testing.assert_close(
             gradient, torch.tensor([0.5, -0.5], dtype=torch.float64), rtol=0, atol=1e-9
         )
-    print(f"wheel: {', '.join(ddn.backends())} solve from {prefix.name}")
+    print(f"wheel: {', '.join(sorted(BUILT_IN - EXTRA))} solve from {prefix.name}")
 
 
 main()

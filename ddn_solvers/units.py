@@ -27,25 +27,24 @@ def units_of(H: Matrices, J: Matrices) -> Array | None:
         curvature = np.where(
             rows > FLAT * rows.max(axis=1, keepdims=True, initial=0.0), np.abs(H.diagonal()), 0.0
         )
-        alike = _alike(np.sqrt(curvature)) & _alike(_normalised(J, np.ones_like(rows)).column_largest())
+        alike = _alike(np.sqrt(curvature)) & _alike(_columns(J))
         if alike.all():
             return None
         curved = curvature > 0
         units = np.where(curved, 1 / np.sqrt(np.where(curved, curvature, 1.0)), 1.0)
         if not curved.all():
             for _ in range(_SWEEPS):
-                columns = _normalised(J, units).column_largest()
+                columns = _columns(J.scaled(np.ones((len(units), J.shape[0])), units))
                 units = np.where(curved | (columns == 0), units, units / np.sqrt(columns))
         units = units / units.max(axis=1, keepdims=True, initial=0.0)
     found: Array = np.where(alike[:, None] | ~np.isfinite(units).all(axis=1, keepdims=True), np.inf, units)
     return found
 
 
-def _normalised(J: Matrices, units: Array) -> Matrices:
-    """J D with rows whose largest entry is one."""
-    scaled = J.scaled(np.ones((len(units), J.shape[0])), units)
-    rows = scaled.row_largest()
-    return scaled.scaled(1 / np.where(rows > 0, rows, 1.0), np.ones_like(units))
+def _columns(J: Matrices) -> Array:
+    """The largest entry of each column, (B, n), where rows are scaled so that theirs is one."""
+    rows = J.row_largest()
+    return J.rows_scaled(1 / np.where(rows > 0, rows, 1.0)).column_largest()
 
 
 def _alike(values: Array) -> Mask:

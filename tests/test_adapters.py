@@ -28,6 +28,7 @@ CLASSES = {
     "scipy": ("ddn_adapters.scipy_", "SciPyAdapter"),
     "casadi": ("ddn_adapters.casadi_", "CasADiAdapter"),
     "cvxpy": ("ddn_adapters.cvxpy_", "CVXPYAdapter"),
+    "daqp": ("ddn_adapters.daqp_", "DAQPAdapter"),
 }
 ADAPTERS: dict[str, Adapter] = {
     backend: getattr(import_module(module), name)() for backend, (module, name) in CLASSES.items()
@@ -39,7 +40,7 @@ ITERATIVE = [
     ("casadi", "ipopt"),
     ("casadi", "sqpmethod"),
 ]
-CONIC = [("casadi", "daqp"), ("casadi", "qpoases"), ("casadi", "osqp")]
+CONIC = [("casadi", "daqp"), ("casadi", "qpoases"), ("casadi", "osqp"), ("daqp", "active-set")]
 
 
 def pairs(methods: list[tuple[str, str]]) -> pytest.MarkDecorator:
@@ -56,6 +57,10 @@ class TestCasADi(AdapterConformance):
 
 class TestCVXPY(AdapterConformance):
     adapter = ADAPTERS["cvxpy"]
+
+
+class TestDAQP(AdapterConformance):
+    adapter = ADAPTERS["daqp"]
 
 
 class Flipped(Adapter):

@@ -172,6 +172,13 @@ class Matrices:
             self.nonzeros * rows[:, self.pattern.indices] * columns[:, self.pattern.columns],
         )
 
+    def rows_scaled(self, rows: Array) -> Matrices:
+        """diag(rows) M"""
+        if self.pattern.full:
+            turned = self.dense.transpose(0, 2, 1) * rows[:, None, :]
+            return Matrices(self.pattern, turned.reshape(self.nonzeros.shape))
+        return Matrices(self.pattern, self.nonzeros * rows[:, self.pattern.indices])
+
     def row_norms(self) -> Array:
         """(B, rows)"""
         return np.sqrt(self.squared.row_sums())
