@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from ddn_solvers import registry
 from ddn_solvers.adapter import Feature, ProblemClass
-from ddn_solvers.errors import BackendCannotSolve, BackendNotInstalled, ProblemError
+from ddn_solvers.errors import BackendCannotSolve, BackendNotFound, BackendNotInstalled, ProblemError
 from ddn_solvers.kkt.operator import large_and_sparse
 from ddn_solvers.program import Program
 from ddn_solvers.search import Form, Route, Start
@@ -89,7 +89,7 @@ def _auto(program: Program) -> list[Route]:
     for name, form in [*attempts, *((name, program) for name in names)]:
         try:
             found.append(replace(_route(name, form), form=Form.DECLARED if form is program else Form.LIFTED))
-        except (BackendCannotSolve, BackendNotInstalled):
+        except (BackendCannotSolve, BackendNotFound, BackendNotInstalled):
             continue
     if not found:
         raise BackendCannotSolve(
