@@ -81,7 +81,8 @@ def test_the_readmes_example_runs_and_its_gradient_is_exact() -> None:
 
 
 @pytest.mark.parametrize(
-    "page", ["docs/gradients.md", "docs/problems.md", "docs/compile.md", "docs/failures.md"]
+    "page",
+    ["docs/gradients.md", "docs/problems.md", "docs/compile.md", "docs/failures.md", "docs/performance.md"],
 )
 def test_the_code_in_the_docs_runs(page: str) -> None:
     run_blocks(page)
