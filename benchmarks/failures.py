@@ -1,6 +1,6 @@
 """What libraries do with quadratic programs that have no answer, side by side.
 
-Each case is given to each peer of ``peers.py`` with its defaults as far as that goes; said is whether it raises, and else
+Each case is given to each peer of ``peers.py``, set up as there; said is whether it raises, and else
 whether point and gradient are numbers that look like an answer. Run it as ``python benchmarks/failures.py``.
 """
 

@@ -4,7 +4,7 @@
 
 Each peer is a function that takes the tensors once, to set up what can be set up before, and returns the call that is
 timed. A peer that is not installed raises ``ImportError`` and is left out. Tolerances are the tightest that each
-peer reaches on these problems, so that times stand beside comparable accuracy; ``DEFAULTS`` are as they come.
+peer reaches on these problems, so that times stand beside comparable accuracy.
 """
 
 from __future__ import annotations

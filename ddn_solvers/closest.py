@@ -29,8 +29,6 @@ from ddn_solvers.search import Search, Start
 from ddn_solvers.solution import Status
 
 _PENALTY = 1e5  # force of the largest slack relative to what the objective exerts, within a factor of four
-
-
 _ACCURACY = 1e-9  # of the elastic problem, in which the objective is a small force
 _OFF_GRID = 0.13  # so that round numbers are not where the penalty jumps
 

@@ -85,11 +85,10 @@ class Evaluators:
 
     def first_order(self, z: Array, parameters: Sequence[Array]) -> FirstOrder:
         constant = self._map("jacobian_map")
-        if constant is None:
-            f, gradient, c, jacobian = self._kernel("first_order")(_batched(z), *parameters)
-        else:
+        if constant is not None:
             f, gradient, c = self.slopes(z, parameters)
             return FirstOrder(f, gradient, c, constant(parameters, len(f)))
+        f, gradient, c, jacobian = self._kernel("first_order")(_batched(z), *parameters)
         return FirstOrder(f[:, 0], gradient, c, jacobian)
 
     def slopes(self, z: Array, parameters: Sequence[Array]) -> tuple[Array, Array, Array]:

@@ -106,9 +106,8 @@ class Evaluation:
         """The same points with other multipliers of the bounds, which no derivative depends on."""
         point = replace(self.point, lower=lower, upper=upper)
         there = Evaluation(self.program, self.bound, point, self.first)
-        there.__dict__.update({name: getattr(self, name) for name in ("J", "_second")})
-        if self._quadratic:
-            there.__dict__.update({name: getattr(self, name) for name in _OF_MATRICES})
+        kept = _OF_MATRICES if self._quadratic else ("J", "_second")
+        there.__dict__.update({name: getattr(self, name) for name in kept})
         return there
 
     @property

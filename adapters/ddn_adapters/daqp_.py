@@ -7,6 +7,7 @@ The same solver is in CasADi; called directly it takes a third of the time.
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -103,6 +104,10 @@ class DAQPAdapter(Adapter):
         fixed = np.where(batch.lower == batch.upper, _EQUALITY, 0).astype(np.int32)
         points = []
         for i in range(len(batch)):
+            if time.monotonic() > batch.options.deadline:
+                late = "the time limit of the call was reached before this sample"
+                points.append(Point(batch.initial[i], Status.TIME_LIMIT, message=late))
+                continue
             sense = kinds.copy()
             sense[:n] = fixed[i]
             start = self._start(batch.warm_start[i] if batch.warm_start else None)
