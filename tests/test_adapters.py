@@ -193,3 +193,9 @@ def test_ctrl_c_is_what_the_signal_says_not_what_ipopt_does() -> None:
     (point,) = ADAPTERS["casadi"].solve_batch(failing("ipopt", lambda: throw(KeyboardInterrupt())))
     assert point.status is Status.BACKEND_ERROR
     assert "NonIpopt" in point.message
+
+
+def test_daqp_keeps_the_time_limit_of_the_call_between_samples() -> None:
+    batch = make_batch(random_qp(6, 2, 4, seed=1, batch=(3,)), "active-set", Options(deadline=0.0))
+    points = ADAPTERS["daqp"].solve_batch(batch)
+    assert [point.status for point in points] == [Status.TIME_LIMIT] * 3
