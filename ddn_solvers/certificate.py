@@ -30,7 +30,8 @@ class Certificate:
         ok: A unique two-sided derivative exists and was computed at a verified point.
         licq: The gradients of all active constraints are linearly independent.
         rank_deficiency: How many of them are dependent on others.
-        sosc: The second-order sufficient condition holds, weakly active constraints kept active.
+        sosc: The second-order sufficient condition holds, weakly active constraints kept active: the smallest
+            eigenvalue of the reduced Hessian exceeds 1e-7 of the largest entry of H.
         strictly_complementary: No constraint is weakly active.
         singular: The KKT matrix is singular.
         one_sided: Some constraint is weakly active, so the derivative is one-sided.

@@ -168,13 +168,13 @@ def expected_masks(known: Known, codes: tuple[int, ...]) -> dict[str, torch.Tens
     }
 
 
-def assert_certificate(certificate: ddn.Certificate, known: Known) -> None:
+def assert_certificate(certificate: ddn.Certificate, known: Known, references: list[Reference]) -> None:
     """Everything that the construction of a regular point decides."""
     weak = (known.sides == WEAK).any(dim=1)
     assert certificate.strictly_complementary.tolist() == (~weak).tolist()
     assert certificate.one_sided.tolist() == weak.tolist()
     assert certificate.singular.tolist() == (known.flat > 0).tolist()
-    assert certificate.sosc.tolist() == known.sosc.tolist()
+    assert_curvature(certificate, known, references)
     assert certificate.licq.all()
     assert (certificate.rank_deficiency == 0).all()
     assert certificate.ok.tolist() == (~weak & (known.flat == 0)).tolist()
@@ -187,6 +187,12 @@ def assert_certificate(certificate: ddn.Certificate, known: Known) -> None:
     for name, value in vars(certificate).items():  # nothing that is said of a good point is NaN
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             assert not value.isnan().any(), name
+
+
+def assert_curvature(certificate: ddn.Certificate, known: Known, references: list[Reference]) -> None:
+    """Where it is clear: below 1e-7 of H it counts as none."""
+    clear = torch.tensor([one.condition < 1e6 for one in references])
+    assert certificate.sosc[clear].tolist() == known.sosc[clear].tolist()
 
 
 # -- at the known point -----------------------------------------------------------------------------------
@@ -237,7 +243,7 @@ def test_jvp_and_jacobian_are_those_of_the_dense_kkt_system(known: Known, seed: 
 def test_certificate_and_multipliers_are_those_of_the_construction(known: Known) -> None:
     references = references_of(known)
     solution = ddn.attach(known.declaration.problem, known.parameters, known.primal)
-    assert_certificate(solution.certificate, known)
+    assert_certificate(solution.certificate, known, references)
     assert solution.converged.all()
     assert all(status is ddn.Status.OPTIMAL for status in solution.status)
     bound, expected = 100 * tolerance(references), known.outputs
@@ -285,7 +291,7 @@ def test_dependent_rows_leave_the_unique_derivative_of_the_point(known: Known, s
     assert found.certificate.rank_deficiency.tolist() == missing.tolist()
     assert found.certificate.licq.tolist() == (missing == 0).tolist()
     assert found.certificate.singular.tolist() == (missing > 0).tolist()
-    assert found.certificate.sosc.tolist() == known.sosc.tolist()
+    assert_curvature(found.certificate, known, references)
     assert [w.category for w in caught] == [ddn.DegeneracyWarning] * bool((missing > 0).any())
 
 
@@ -312,7 +318,7 @@ def test_units_of_objective_and_rows_change_no_decision_and_no_gradient(
     cotangents["objective"] = torch.zeros_like(cotangents["objective"])
     scaled = rescaled(known, power, seed)
     found = sensitivity_at(scaled)
-    assert_certificate(found.certificate, scaled)
+    assert_certificate(found.certificate, scaled, references)
     gradient = found.vjp(cotangents)
     for name in known.rescaled:  # d/dr of a row that r alone multiplies, in units of r
         gradient[name] = gradient[name] * scaled.parameters[name] / known.parameters[name]
@@ -383,7 +389,7 @@ def test_every_solver_finds_the_point_and_attach_and_solve_agree(known: Known, d
     solver = data.draw(st.sampled_from(solvers_for(known.declaration)))
     parameters = leaves(known)
     solution = ddn.solve(known.declaration.problem, parameters, solver=solver)
-    assert_certificate(solution.certificate, known)
+    assert_certificate(solution.certificate, known, references)
     bound, expected = 100 * tolerance(references), known.outputs
     for key, value in outputs_of(solution).items():
         size = 1 + expected[key].abs().max().item() if expected[key].numel() else 1.0
@@ -515,7 +521,7 @@ def test_solve_does_not_depend_on_the_unit_of_the_objective(known: Known, power:
         replace(known, parameters=known.parameters | {"a": known.parameters["a"] * 10.0**power})
     )
     solution = ddn.solve(known.declaration.problem, parameters)
-    assert_certificate(solution.certificate, known)
+    assert_certificate(solution.certificate, known, references)
     gradient = gradients(solution, parameters, cotangents)
     gradient["a"] = gradient["a"] * 10.0**power
     assert_vjp(gradient, known, cotangents, references)
@@ -546,6 +552,17 @@ def test_a_point_whose_forces_cancel_to_rounding_is_stationary() -> None:
     problem = ddn.Problem({"u": (2,)}, {"x": ()}, objective)
     found = ddn.sensitivity(problem, {"x": torch.ones((), dtype=D)}, torch.zeros(2, dtype=D))
     assert found.certificate.stationarity < 1e-15
+
+
+def test_a_gradient_that_nearly_cancels_at_dependent_rows_keeps_its_digits() -> None:
+    """Of d/da = sum over 8000 that cancels to 7, formed pseudo-inverses left 2e-7; one refinement leaves 1e-11."""
+    shadowed = Declaration((("u", (6,)),), "none", (Block("linear", (), 0.0),), (), ("lower",), True)
+    sides = [[0] * 12, [0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 1]]
+    known = build(shadowed, 142769, sides, "semidefinite", shared=False)
+    references, cotangents = [reference(known, i) for i in (0, 1)], cotangents_for(known, 2, primal_only=True)
+    with pytest.warns(ddn.DegeneracyWarning):
+        gradient = sensitivity_at(known).vjp(cotangents)
+    assert_vjp(gradient, known, cotangents, references, 1e-9)
 
 
 def test_a_row_without_forces_is_not_held_to_less_than_rounding() -> None:

@@ -41,7 +41,10 @@ PROBLEMS = {
     "qp": ddn.Problem({"u": (N,)}, {"x": (N,)}, quadratic, {"rows": rows}, bounds={"u": (-0.5, 0.5)}),
     "nlp": ddn.Problem({"u": (N,)}, {"x": (N,)}, nonlinear, {"rows": rows}, {"within": within}),
 }
-SOLVERS = {"qp": ("auto", "scipy:SLSQP", "cvxpy:CLARABEL", "casadi:ipopt"), "nlp": ("auto", "scipy:SLSQP")}
+SOLVERS = {
+    "qp": ("auto", "scipy:SLSQP", "cvxpy:CLARABEL", "casadi:ipopt", "casadi:daqp"),
+    "nlp": ("auto", "scipy:SLSQP", "casadi:sqpmethod"),
+}
 CASES = [(name, solver) for name, solvers in SOLVERS.items() for solver in solvers]
 every_case = pytest.mark.parametrize(("name", "solver"), CASES, ids=[f"{n}-{s}" for n, s in CASES])
 X = rand(B, N, seed=2)

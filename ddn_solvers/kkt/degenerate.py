@@ -44,7 +44,7 @@ class Degenerate:
         fixed: torch.Tensor,
         proximal: float | None = None,
     ) -> None:
-        self.hessian, self.active, self.fixed = hessian, active, fixed
+        self.active, self.fixed = active, fixed
         rows = torch.where(active.unsqueeze(-1), jacobian, 0.0)
         bounds = torch.diag_embed(fixed.to(hessian.dtype))
         border = torch.cat([rows, bounds], dim=-2)  # A, (B, m + n, n)
@@ -54,22 +54,30 @@ class Degenerate:
         onto_rows = torch.linalg.pinv(normal, rtol=DEPENDENT) @ normal
         self._projection = torch.eye(hessian.shape[-1], dtype=hessian.dtype) - onto_rows
         self._units = (_SMALL * norms.amax(-1, keepdim=True) / norms).clamp(min=1.0)
-        self._border = torch.linalg.pinv(self._units.unsqueeze(-1) * border @ onto_rows, rtol=_ROUNDING)
-        reduced = self._projection @ hessian @ self._projection
-        if proximal is not None:
-            reduced = reduced + proximal * self._projection
+        self._rows = self._units.unsqueeze(-1) * border
+        self._border = torch.linalg.pinv(self._rows @ onto_rows, rtol=_ROUNDING)
+        self._hessian = hessian if proximal is None else hessian + proximal * self._projection
+        reduced = self._projection @ self._hessian @ self._projection
         flat = _FLAT * hessian.detach().abs().amax((-2, -1))
         self._reduced = torch.linalg.pinv(reduced, atol=flat, rtol=torch.zeros_like(flat), hermitian=True)
 
     def solve(self, a: torch.Tensor, b: torch.Tensor, v: torch.Tensor) -> Step:
-        """As ``System.solve``."""
+        """As ``System.solve``; refined once: a gradient whose terms cancel shows the rounding of formed inverses."""
         m = b.shape[-1]
         target = torch.cat([torch.where(self.active, b, 0.0), torch.where(self.fixed, v, 0.0)], dim=-1)
-        particular = _times(self._border, self._units * target)
-        along = _times(self._projection, a - _times(self.hessian, particular))
-        x = particular + _times(self._reduced, along)
-        t = self._units * _times(self._border.mT, a - _times(self.hessian, x))
+        target = self._units * target
+        x, t = self._inverse(a, target)
+        left = a - _times(self._hessian, x) - _times(self._rows.mT, t), target - _times(self._rows, x)
+        dx, dt = self._inverse(*left)
+        x, t = x + dx, self._units * (t + dt)
         return Step(x, torch.where(self.active, t[..., :m], 0.0), torch.where(self.fixed, -t[..., m:], 0.0))
+
+    def _inverse(self, a: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x and t (in the units of the rows); zero for what lies outside of the range, so that refining is safe."""
+        particular = _times(self._border, target)
+        along = _times(self._projection, a - _times(self._hessian, particular))
+        x = particular + _times(self._reduced, along)
+        return x, _times(self._border.mT, a - _times(self._hessian, x))
 
 
 class LargeDegenerate:
