@@ -199,3 +199,14 @@ def test_daqp_keeps_the_time_limit_of_the_call_between_samples() -> None:
     batch = make_batch(random_qp(6, 2, 4, seed=1, batch=(3,)), "active-set", Options(deadline=0.0))
     points = ADAPTERS["daqp"].solve_batch(batch)
     assert [point.status for point in points] == [Status.TIME_LIMIT] * 3
+
+
+def test_numbers_that_are_not_finite_are_no_point_of_casadi() -> None:
+    """DAQP at its iteration limit leaves what was in memory: now and then NaN."""
+    instance = make_batch(case("scalar"), "daqp")[0]
+    found = [np.full(size, np.nan) for size in (1, instance.program.constraints, 1)]
+    adapter = ADAPTERS["casadi"]
+    point = adapter._point(instance, found, {"return_status": "", "success": True})  # type: ignore[attr-defined]
+    assert point.status is Status.NUMERICAL_ERROR
+    assert np.array_equal(point.primal, instance.initial)
+    assert point.equality is None

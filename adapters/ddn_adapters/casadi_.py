@@ -175,15 +175,13 @@ class CasADiAdapter(Adapter):
         message = str(stats["return_status"])
         unknown = Status.OPTIMAL if stats["success"] else Status.NUMERICAL_ERROR
         status = next((status for word, status in _WORDS.items() if word in message), unknown)
-        return Point(
-            x,
-            status,
-            equality=lam_g[:m],
-            inequality=lam_g[m:],
-            **bound_multipliers(lam_x),
-            iterations=stats["iter_count"] if stats.get("iter_count", -1) >= 0 else None,
-            message=f"{instance.method}: {message}",
-        )
+        iterations = stats["iter_count"] if stats.get("iter_count", -1) >= 0 else None
+        message = f"{instance.method}: {message}"
+        if not all(np.isfinite(part).all() for part in found):  # DAQP leaves at a limit what was in memory
+            status = Status.NUMERICAL_ERROR if status is Status.OPTIMAL else status
+            return Point(instance.initial, status, iterations=iterations, message=message)
+        multipliers = {"equality": lam_g[:m], "inequality": lam_g[m:], **bound_multipliers(lam_x)}
+        return Point(x, status, **multipliers, iterations=iterations, message=message)
 
     def _model(self, of: Instance | Batch) -> Any:
         """The solver object for these options, made once a program if it forgets what it has solved."""
