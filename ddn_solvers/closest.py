@@ -130,8 +130,7 @@ def _solve_elastic(
         initial=start,
         warm_start=None,
     )
-    again.operation = Operation(relaxed, policy, again.find)
-    return again, apply(again.operation, blocks), bound
+    return again, apply(Operation(relaxed, policy, again.find), blocks), bound
 
 
 def _taken(blocks: Sequence[torch.Tensor], samples: Index) -> list[torch.Tensor]:

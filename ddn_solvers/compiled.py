@@ -257,12 +257,12 @@ def _solve(
         initial=None,
         warm_start=None,
     )
-    search.operation = Operation(program, policy, search.find)
+    operation = Operation(program, policy, search.find)
     with _eagerly():
-        outputs = search.find(tuple(block.numpy() for block in blocks))
+        outputs = operation.run(blocks)
         conclude(search, binding, outputs, started)
     # Whole: of those that cannot be dropped a policy may speak.
-    weak = search.operation.established().active.weak
+    weak = operation.established().active.weak
     outputs = outputs._replace(weak=torch.from_numpy(weak.copy()))
     return [*outputs, front.rule(program, policy).number.clone()]
 

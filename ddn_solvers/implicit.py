@@ -60,15 +60,15 @@ class Operation:
     Attributes:
         program: The compiled problem.
         policy: For degenerate derivatives.
-        find: Parameter blocks, (B, size) or shared (size,), to outputs.
-        verified: Set by ``find``: what was established about the points it returned.
-        failed: Set by ``find``: some sample has no derivative (masked or NaN).
-        any_singular: Set by ``find``: some KKT matrix is singular, with or without weakly active rows.
+        find: Parameter blocks, (B, size) or shared (size,), to verified points.
+        verified: Set by ``run``: what was established about the points, as the policy wants them differentiated.
+        failed: Set by ``run``: some sample has no derivative (masked or NaN).
+        any_singular: Set by ``run``: some KKT matrix is singular, with or without weakly active rows.
     """
 
     program: Program
     policy: Policy
-    find: Callable[[tuple[Array, ...]], Outputs]
+    find: Callable[[tuple[Array, ...]], Verified]
     verified: Verified | None = None
     failed: bool = False
     any_singular: bool = False
@@ -91,8 +91,12 @@ class Operation:
         verified = Verified(evaluation, active, at["singular"][:, 0], unknown, status, ("",) * len(status))
         return cls(program, policy, _not_again, verified)
 
+    def run(self, blocks: Sequence[torch.Tensor]) -> Outputs:
+        """Find the points; see ``Outputs``."""
+        return outputs_of(self, self.find(tuple(block.detach().numpy() for block in blocks)))
+
     def established(self) -> Verified:
-        """``verified``, once ``find`` has run."""
+        """``verified``, after ``run``."""
         assert self.verified is not None
         return self.verified
 
@@ -123,7 +127,7 @@ class Operation:
         return self._linearisation
 
 
-def _not_again(_: tuple[Array, ...]) -> Outputs:
+def _not_again(_: tuple[Array, ...]) -> Verified:
     raise AssertionError("the point is known")
 
 
@@ -206,7 +210,7 @@ def apply(operation: Operation, blocks: Sequence[torch.Tensor]) -> Outputs:
 class _Implicit(torch.autograd.Function):
     @staticmethod
     def forward(operation: Operation, *blocks: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(operation.find(tuple(block.detach().numpy() for block in blocks)))
+        return tuple(operation.run(blocks))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:

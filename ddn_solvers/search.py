@@ -17,7 +17,6 @@ from ddn_solvers.binding import check_finite
 from ddn_solvers.derived import scaled, with_extra
 from ddn_solvers.diagnosis import diagnose, nearest_feasible
 from ddn_solvers.errors import BackendCannotSolve
-from ddn_solvers.implicit import Operation, Outputs, outputs_of
 from ddn_solvers.kkt.multipliers import least_squares_multipliers, with_kink_forces
 from ddn_solvers.kkt.verify import Verified, verify
 from ddn_solvers.policy import Policy
@@ -82,7 +81,6 @@ class Search:
     options: Options
     initial: Array | None
     warm_start: list[Point] | None
-    operation: Operation | None = None
     status: list[Status] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
     backend: list[str] = field(default_factory=list)
@@ -91,15 +89,15 @@ class Search:
     verified: Verified | None = None
     phases: dict[str, float] = field(default_factory=lambda: {"backend": 0.0, "verification": 0.0})
 
-    def find(self, parameters: tuple[Array, ...]) -> Outputs:
-        """Solve every sample, route after route; see ``Outputs``."""
+    def find(self, parameters: tuple[Array, ...]) -> Verified:
+        """Solve every sample, route after route."""
         started, before = time.perf_counter(), self.phases["backend"]
-        outputs = self._find(parameters)
+        verified = self._find(parameters)
         in_backends = self.phases["backend"] - before
         self.phases["verification"] += time.perf_counter() - started - in_backends
-        return outputs
+        return verified
 
-    def _find(self, parameters: tuple[Array, ...]) -> Outputs:
+    def _find(self, parameters: tuple[Array, ...]) -> Verified:
         program = self.program
         check_finite(program, parameters)
         lower, upper = program.bounds(parameters)
@@ -151,7 +149,7 @@ class Search:
             raise refusal
         self._solve_determined(bound, best)
         self._diagnose(bound, best)
-        return self._outputs(bound, best)
+        return self._whole(bound, best)
 
     def _out_of_time(self, samples: Index) -> None:
         """Samples that no solver has seen say so; of the others the verdict stands."""
@@ -311,10 +309,6 @@ class Search:
             elif status is Status.INFEASIBLE:
                 self.status[i] = Status.NOT_A_KKT_POINT
                 self.reasons[i] = "; ".join(t for t in ("there are feasible points", self.reasons[i]) if t)
-
-    def _outputs(self, bound: Bound, best: PrimalDual) -> Outputs:
-        assert self.operation is not None
-        return outputs_of(self.operation, self._whole(bound, best))
 
     def _whole(self, bound: Bound, best: PrimalDual) -> Verified:
         """One ``Verified`` for the batch: that of a single route as it is, pieces put together again."""

@@ -22,7 +22,7 @@ from ddn_solvers.assembly import assemble
 from ddn_solvers.binding import Binding, as_tensor, bind, check_finite, flat_batch, flat_point, initial_batch
 from ddn_solvers.certificate import Certificate, certify
 from ddn_solvers.errors import ConvergenceWarning, ProblemError, SensitivityError, warn_caller
-from ddn_solvers.implicit import Operation, Outputs, apply, check_derivative, outputs_of, to_differentiate
+from ddn_solvers.implicit import Operation, apply, check_derivative, to_differentiate
 from ddn_solvers.kkt.conditions import Cotangents
 from ddn_solvers.kkt.derivative import Linearisation
 from ddn_solvers.kkt.multipliers import least_squares_multipliers, with_kink_forces
@@ -89,8 +89,7 @@ def attach(
     policy = as_policy(policy)
     program, binding, point = _given(as_problem(problem), parameters, primal)
     found = _Found(program, policy, binding.dtype, point, None)
-    operation = Operation(program, policy, lambda blocks: found.outputs(blocks, operation))
-    outputs = apply(operation, binding.blocks)
+    outputs = apply(Operation(program, policy, found.examine), binding.blocks)
     _report(found, policy)
     given = torch.from_numpy(point)
     if outputs.z.shape == given.shape:  # the caller's own point, with the gradient of its polish
@@ -326,10 +325,6 @@ class _Found:
     @property
     def reasons(self) -> tuple[str, ...]:
         return tuple(self.verified.reasons)
-
-    def outputs(self, blocks: tuple[Array, ...], operation: Operation) -> Outputs:
-        verified = self.examine(blocks)
-        return outputs_of(operation, verified)
 
 
 def _given(

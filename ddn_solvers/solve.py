@@ -106,8 +106,7 @@ def solve_captured(
         initial=flat_point(program.variables, start, binding.batch) if start else None,
         warm_start=_warm_points(program, warm_start, binding),
     )
-    search.operation = Operation(program, policy, search.find)
-    outputs, closest = apply(search.operation, binding.blocks), None
+    outputs, closest = apply(Operation(program, policy, search.find), binding.blocks), None
     if policy.on_failure == "closest":
         outputs, closest = replace_infeasible(search, binding, outputs, solver)
     return conclude(search, binding, outputs, started, closest)

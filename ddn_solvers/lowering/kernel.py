@@ -70,7 +70,12 @@ class Kernel:
             if function is None:
                 sums = [output for output, source in self._reduced.items() if source in shared]
                 name = f"{self.function.name()}_map"
-                function = self.function.map(name, "serial", batch, list(shared), sums)
+                # With shared inputs CasADi puts copies of all inputs around the map; without any there is no need.
+                function = (
+                    self.function.map(name, "serial", batch, list(shared), sums)
+                    if shared
+                    else self.function.map(batch)
+                )
                 if len(self._maps) >= _MAX_MAPS:
                     self._maps.pop(next(iter(self._maps)))
                 self._maps[key] = function
