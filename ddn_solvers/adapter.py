@@ -46,7 +46,7 @@ from ddn_solvers.solution import Status
 if TYPE_CHECKING:
     import scipy.sparse as sp
 
-    from ddn_solvers.evaluators import FirstOrder
+    from ddn_solvers.evaluators import Coefficients, FirstOrder
     from ddn_solvers.program import Program
 
 __all__ = [
@@ -371,9 +371,17 @@ class Batch:
     method: str
     options: Options = Options()
     warm_start: Sequence[Point | None] | None = None
+    known: Coefficients | None = field(
+        default=None, repr=False
+    )  # what ``coefficients`` returns, if it is known
 
     def __len__(self) -> int:
         return len(self.initial)
+
+    @cached_property
+    def coefficients(self) -> Coefficients:
+        """Of an LP or QP, of all samples at once: gradient, constraints and matrices at z = 0."""
+        return self.known or self.program.coefficients(self.parameters, len(self))
 
     def __getitem__(self, i: int) -> Instance:
         return Instance(

@@ -38,6 +38,20 @@ class FirstOrder:
     jacobian: Array  # (B, nnz), in the order of jacobian_pattern
 
 
+@dataclass(frozen=True)
+class Coefficients:
+    """Of an LP or QP: everything at z = 0, for a batch. H and J are the same at every point."""
+
+    objective: Array  # (B,)
+    gradient: Array  # (B, n)
+    constraints: Array  # (B, rows)
+    jacobian: Array  # (B, nnz)
+    hessian: Array  # (B, nnz)
+
+    def take(self, samples: Any) -> Coefficients:
+        return Coefficients(**{name: values[samples] for name, values in vars(self).items()})
+
+
 class Evaluators:
     """The compiled functions of one graph, each made on first use.
 
@@ -90,6 +104,18 @@ class Evaluators:
             return FirstOrder(f, gradient, c, constant(parameters, len(f)))
         f, gradient, c, jacobian = self._kernel("first_order")(_batched(z), *parameters)
         return FirstOrder(f[:, 0], gradient, c, jacobian)
+
+    def coefficients(self, parameters: Sequence[Array], batch: int | None = None) -> Coefficients:
+        """Of an LP or QP; of anything else its expansion at zero with constraints made linear.
+
+        Args:
+            batch: Number of samples, unless the parameters tell.
+        """
+        samples = max((len(p) for p in parameters if p.ndim == 2), default=1)
+        zero = np.zeros((batch or samples, self.jacobian_pattern.shape[1]))
+        first = self.first_order(zero, parameters)
+        hessian = self.hessian(zero, parameters, np.zeros(self.rows))
+        return Coefficients(first.objective, first.gradient, first.constraints, first.jacobian, hessian)
 
     def slopes(self, z: Array, parameters: Sequence[Array]) -> tuple[Array, Array, Array]:
         """f (B,), grad f (B, n) and c (B, rows); of compiled functions only."""

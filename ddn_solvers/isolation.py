@@ -52,7 +52,7 @@ def _one(batch: Batch, i: int) -> Batch:
     rows = {name: getattr(batch, name)[i : i + 1] for name in ("lower", "upper", "initial")}
     parameters = tuple(p if p.ndim == 1 else p[i : i + 1] for p in batch.parameters)
     warm = None if batch.warm_start is None else batch.warm_start[i : i + 1]
-    return replace(batch, parameters=parameters, warm_start=warm, **rows)
+    return replace(batch, parameters=parameters, warm_start=warm, known=None, **rows)
 
 
 class _Lost(Exception):
@@ -73,7 +73,8 @@ class _Worker:
     def solve(self, adapter: Adapter, batch: Batch) -> list[Point]:
         program, limit = batch.program, batch.options.time_limit
         sent = program.memo("isolated", lambda: _Sent(uuid.uuid4().hex, _declaration(program)))
-        arguments = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name != "program"}
+        sent_too = [f.name for f in fields(batch) if f.name not in ("program", "known")]
+        arguments = {name: getattr(batch, name) for name in sent_too}
         job = _by_value((adapter, arguments), "the backend's adapter, or an option,")
         seconds = None if limit is None else limit * len(batch) + _LATE
         with self._lock:

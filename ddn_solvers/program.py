@@ -235,23 +235,19 @@ class Program(Evaluators):
 
     def quadratic_forms(self, parameters: Sequence[Array]) -> list[QuadraticForm]:
         """Coefficients at z = 0, one form a sample; exact for an LP or a QP."""
-        batch = max((p.shape[0] for p in parameters if p.ndim == 2), default=1)
-        zero = np.zeros((batch, self.variables.size))
-        first = self.first_order(zero, parameters)
-        nonzeros = self.hessian(zero, parameters, np.zeros(self.constraints))
-        m = self.equality.size
+        found, m = self.coefficients(parameters), self.equality.size
         forms = []
-        for i in range(batch):
-            jacobian = self.jacobian_pattern.matrix(first.jacobian[i]).tocsr()
+        for i in range(len(found.objective)):
+            jacobian = self.jacobian_pattern.matrix(found.jacobian[i]).tocsr()
             forms.append(
                 QuadraticForm(
-                    P=self.hessian_pattern.matrix(nonzeros[i]),
-                    q=first.gradient[i],
-                    constant=float(first.objective[i]),
+                    P=self.hessian_pattern.matrix(found.hessian[i]),
+                    q=found.gradient[i],
+                    constant=float(found.objective[i]),
                     A=jacobian[:m].tocsc(),
-                    b=-first.constraints[i, :m],
+                    b=-found.constraints[i, :m],
                     G=jacobian[m:].tocsc(),
-                    h=-first.constraints[i, m:],
+                    h=-found.constraints[i, m:],
                 )
             )
         return forms

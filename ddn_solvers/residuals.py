@@ -17,6 +17,7 @@ force at the point). Sizes are max(1, |z|), one for all, unless the derivatives 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -24,8 +25,8 @@ from typing import Any
 import numpy as np
 
 from ddn_solvers.adapter import ProblemClass
-from ddn_solvers.arrays import Array
-from ddn_solvers.evaluators import Evaluators, FirstOrder
+from ddn_solvers.arrays import Array, Index
+from ddn_solvers.evaluators import Coefficients, Evaluators, FirstOrder
 from ddn_solvers.lowering.pattern import Matrices
 from ddn_solvers.program import Program
 from ddn_solvers.units import FLAT, units_of
@@ -73,10 +74,15 @@ class Bound:
     parameters: tuple[Array, ...]
     lower: Array  # (B, n)
     upper: Array  # (B, n)
+    coefficients: Coefficients | None = None  # of an LP or QP, if they are known already
 
-    def take(self, samples: Any) -> Bound:
+    def take(self, samples: Index | Sequence[int]) -> Bound:
+        """Some samples, by index; of all of them, itself."""
+        if np.array_equal(samples, np.arange(len(self.lower))):
+            return self
         parameters = tuple(p if p.ndim == 1 else p[samples] for p in self.parameters)
-        return replace(self, parameters=parameters, lower=self.lower[samples], upper=self.upper[samples])
+        known = None if self.coefficients is None else self.coefficients.take(samples)
+        return Bound(parameters, self.lower[samples], self.upper[samples], known)
 
 
 @dataclass(frozen=True)
@@ -90,16 +96,17 @@ class Evaluation:
 
     @staticmethod
     def at(program: Program, bound: Bound, point: PrimalDual) -> Evaluation:
+        if bound.coefficients is not None and program.compiled:
+            f, gradient, c = program.slopes(point.z, bound.parameters)
+            return Evaluation(program, bound, point, FirstOrder(f, gradient, c, bound.coefficients.jacobian))
         inputs = _inputs(bound, point)
         return Evaluation(program, bound, point, program.smooth.first_order(point.z, inputs))
 
     def moved(self, point: PrimalDual) -> Evaluation:
         """The same samples at other points; the matrices of an LP or QP are the same there, and what is made of them."""
-        if not self._quadratic:
-            return Evaluation.at(self.program, self.bound, point)
-        f, gradient, c = self.functions.slopes(point.z, self.bound.parameters)
-        there = Evaluation(self.program, self.bound, point, FirstOrder(f, gradient, c, self.first.jacobian))
-        there.__dict__.update({name: getattr(self, name) for name in _OF_MATRICES})
+        there = Evaluation.at(self.program, self.bound, point)
+        if self._quadratic:
+            there.__dict__.update({name: getattr(self, name) for name in _OF_MATRICES})
         return there
 
     def with_bounds_pushing(self, lower: Array, upper: Array) -> Evaluation:
@@ -150,7 +157,12 @@ class Evaluation:
 
     @cached_property
     def _second(self) -> Matrices:
-        nonzeros = self.functions.hessian(self.point.z, self.inputs, self.point.y)
+        known = self.bound.coefficients
+        nonzeros = (
+            self.functions.hessian(self.point.z, self.inputs, self.point.y)
+            if known is None
+            else known.hessian
+        )
         return Matrices(self.functions.hessian_pattern, nonzeros)
 
     @property
@@ -428,9 +440,18 @@ class Evaluation:
 
     @cached_property
     def scaled_feasibility(self) -> Array:
-        """(B,)"""
-        equality = np.abs(self.equality) / np.maximum(self.reach[:, : self.program.equality.size], _TINY)
-        return np.maximum(_largest(equality), _largest(np.maximum(-self.scaled_slack, 0)))
+        """(B,). Over what a row changes where each variable changes by its own size, which is what its rounding is of.
+
+        With w instead, one variable that has run off to 1e20 would make any violation by the others look small.
+        """
+        m, q = self.program.equality.size, self.program.inequality.size
+        reach, kinks = (
+            np.maximum(values, _TINY)
+            for values in (np.sqrt(self.J.squared.times(self.own_size**2)), self._kink_norms)
+        )
+        units = np.concatenate([reach[:, m : m + q], kinks, self.own_size, self.own_size], axis=1)
+        equality = np.abs(self.equality) / reach[:, :m]
+        return np.maximum(_largest(equality), _largest(np.maximum(-self.slack, 0) / units))
 
     @cached_property
     def scaled_complementarity(self) -> Array:

@@ -105,7 +105,9 @@ class Search:
         lower, upper = (
             np.ascontiguousarray(np.broadcast_to(s, (samples, s.shape[1]))) for s in (lower, upper)
         )
-        bound = Bound(parameters, lower, upper)
+        quadratic = program.problem_class in (ProblemClass.LP, ProblemClass.QP)
+        known = program.coefficients(parameters, samples) if quadratic else None
+        bound = Bound(parameters, lower, upper, known)
         given = self.start(Start.GIVEN, lower, upper)
         self._reset(samples)
         best = PrimalDual.resting(program, parameters, given.copy())
@@ -214,7 +216,8 @@ class Search:
                 np.concatenate([side, np.full((len(initial), program.variables.size - n), value)], axis=1)
                 for side, value in ((initial, 1.0), (lower, -np.inf), (upper, np.inf))
             )
-        batch = Batch(program, parameters, lower, upper, start, route.method.name, self.options, warm)
+        known = bound.coefficients if route.form is Form.DECLARED else None
+        batch = Batch(program, parameters, lower, upper, start, route.method.name, self.options, warm, known)
         attempt = isolation.attempt_batch if self.options.isolate else Adapter.attempt_batch
         started = time.perf_counter()
         try:
@@ -255,7 +258,8 @@ class Search:
     ) -> None:
         """Verify what a backend returned; keep the better of old and new, close what is solved."""
         part = bound.take(samples)
-        start = _with_multipliers(self.program, part, points)
+        with np.errstate(all="ignore"):  # points of failed samples may be anything
+            start = _with_multipliers(self.program, part, points)
         verified = verify(self.program, part, start, self.policy, self.dtype)
         if len(samples) == len(self.status):
             self.verified = verified
@@ -269,7 +273,7 @@ class Search:
             self.iterations[i] = points[k].iterations
             self.status[i], reason = _verdict(points[k], verified.status[k], verified.reasons[k])
             self.reasons[i] = "; ".join(text for text in (before, reason) if text)
-            open_[i] = not (solved or self._proved(bound.take([i]), best.z[i], self.status[i]))
+            open_[i] = not (solved or self._proved(bound.take([int(i)]), best.z[i], self.status[i]))
 
     def _proved(self, bound: Bound, z: Array, claim: Status) -> bool:
         """Whether a backend's claim that an LP or QP has no solution holds; then no other need be asked."""
@@ -285,7 +289,7 @@ class Search:
         if self.program.equality.size <= self.program.variables.size or not failed.size:
             return
         part = bound.take(failed)
-        z = np.stack([nearest_feasible(self.program, bound.take([i]), best.z[i]) for i in failed])
+        z = np.stack([nearest_feasible(self.program, bound.take([int(i)]), best.z[i]) for i in failed])
         start = least_squares_multipliers(self.program, part, z)
         verified = verify(self.program, part, start, self.policy, self.dtype)
         for k in np.flatnonzero(verified.optimal):
@@ -302,7 +306,7 @@ class Search:
                 continue
             if (bound.lower[i] > bound.upper[i]).any():
                 continue  # contradicting bounds are explained already
-            found = diagnose(self.program, bound.take([i]), best.z[i], self.policy.accuracy)
+            found = diagnose(self.program, bound.take([int(i)]), best.z[i], self.policy.accuracy)
             if found is not None:
                 self.status[i], why = found
                 self.reasons[i] = "; ".join(text for text in (why, self.reasons[i]) if text)
@@ -360,8 +364,9 @@ def _with_multipliers(program: Program, bound: Bound, points: list[Point]) -> Pr
             start.y[i, : program.constraints], start.lower[i], start.upper[i] = multipliers
     start = with_kink_forces(program, bound, start)
     if missing.any():
-        found = least_squares_multipliers(program, bound.take(missing), z[missing])
-        for source, sample in enumerate(np.flatnonzero(missing)):
+        without = np.flatnonzero(missing)
+        found = least_squares_multipliers(program, bound.take(without), z[without])
+        for source, sample in enumerate(without):
             start.put(int(sample), found, source)
     return start
 

@@ -663,7 +663,22 @@ def _solved(K: np.ndarray, rhs: np.ndarray, singular: bool) -> tuple[np.ndarray,
         return np.linalg.solve(K, rhs), values[0] / values[-1]
     kept = values[values > 1e-11 * values[0]]
     condition = kept[0] / kept[-1] if len(kept) else 1.0
-    return np.linalg.lstsq(K, rhs, rcond=1e-11)[0], condition
+    return _least_norm(K, rhs), condition
+
+
+def _least_norm(K: np.ndarray, rhs: np.ndarray) -> np.ndarray:
+    """K^+ rhs of a symmetric K; residuals in extended precision, else its null space is off by 1e-16 / gap."""
+    U, values, right = np.linalg.svd(K)
+    kept = values > 1e-11 * values[0]
+    inverse, wide = (right[kept].T / values[kept]) @ U[:, kept].T, K.astype(np.longdouble)
+    null = right[~kept].T
+    for _ in range(2):
+        null = np.linalg.qr(null - inverse @ (wide @ null).astype(float))[0]
+    rhs = rhs - null @ (null.T @ rhs)
+    solution = inverse @ rhs
+    for _ in range(2):
+        solution = solution + inverse @ (rhs - wide @ solution).astype(float)
+    return solution - null @ (null.T @ solution)
 
 
 # -- strategies -------------------------------------------------------------------------------------------

@@ -461,3 +461,11 @@ def test_the_unit_of_the_objective_decides_nothing_at_kinks(known: Known, power:
     gradient |= {k: gradient[k] * factor for k in costs}
     assert_gradients(gradient, known, v, 0 * s, references, tolerance(references))
     assert found.certificate.ok.all()
+
+
+def test_ties_among_what_a_maximum_passes_over_hold_nothing() -> None:
+    """A vertex of ten hinges and four bounds; ties far below a maximum took a share of the forces there."""
+    known = build(Declaration(14, (("hinge", 14), ("linf", 12)), bounded=True), 3, 1, "semidefinite")
+    certificate = sensitivity_at(known).certificate
+    assert certificate.ok.all()
+    assert (certificate.stationarity < 1e-9).all()

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import ddn_solvers as ddn
+from ddn_solvers import registry
+from ddn_solvers.adapter import Adapter, Capabilities, Feature, Instance, Method, Point, ProblemClass, Status
 from ddn_solvers.lowering.pattern import Matrices, Pattern
 from ddn_solvers.units import units_of
 
@@ -170,3 +172,40 @@ def test_a_problem_all_of_whose_numbers_are_small_or_large_is_solved_or_fails_by
     for gradient, name in zip(gradients, values, strict=True):
         torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-9)
     assert solution.certificate.ok
+
+
+def test_a_variable_that_has_run_off_hides_no_violation() -> None:
+    """Of u the ball is empty; measured over changes by the size of t, 1e28, that was nothing (found by fuzzing)."""
+    problem = ddn.Problem(
+        {"u": (2,), "t": ()},
+        {"c": (2,)},
+        lambda u, t, c: (u - c).square().sum() + 0 * t,
+        inequality={"ball": lambda u, c: (u - c - 1).square().sum() + 0.5},
+    )
+    point = {"u": torch.tensor([1.5, 2.0], dtype=torch.float64), "t": torch.tensor(1e28, dtype=torch.float64)}
+    with pytest.raises(ddn.SensitivityError, match="scaled feasibility"):
+        ddn.sensitivity(problem, {"c": torch.ones(2, dtype=torch.float64)}, point)
+
+
+@pytest.mark.parametrize("size", [1e100, 1e200])
+def test_points_that_overflow_are_failures_without_a_warning(
+    monkeypatch: pytest.MonkeyPatch, size: float
+) -> None:
+    """A backend's last point may be anything; its multipliers are estimated all the same."""
+
+    class Runaway(Adapter):
+        capabilities = Capabilities(
+            "runs away", "numpy", "numpy", (Method("none", frozenset(ProblemClass), frozenset(Feature)),)
+        )
+
+        def solve(self, instance: Instance) -> Point:
+            return Point(np.full(instance.initial.shape, size), Status.ITERATION_LIMIT)
+
+    problem = ddn.Problem({"u": (2,)}, {"c": (2,)}, lambda u, c: (u - c).pow(4).sum(), lambda u: u.prod() - 1)
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))  # undone afterwards
+    monkeypatch.setattr(registry, "_adapters", dict(registry._adapters))
+    ddn.register("runaway", Runaway)
+    solution = ddn.solve(
+        problem, {"c": torch.ones(2)}, solver="runaway", policy=ddn.Policy(on_failure="mask")
+    )
+    assert not solution.converged.any()

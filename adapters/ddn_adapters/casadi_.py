@@ -36,6 +36,7 @@ from ddn_solvers.adapter import (
 )
 
 if TYPE_CHECKING:
+    from ddn_solvers.evaluators import Coefficients
     from ddn_solvers.program import Program
 
 _NONLINEAR = frozenset(ProblemClass)
@@ -294,7 +295,8 @@ class _Conic:
 
     def solve(self, instance: Instance) -> tuple[list[Any], Mapping[str, Any]]:
         """x, lam_a, lam_x, and the solver's statistics."""
-        coefficients = [part[0] for part in _coefficients(instance)]
+        found = instance.program.coefficients(instance.parameters)
+        coefficients = [part[0] for part in _data(found)]
         start = [instance.lower, instance.upper, instance.initial]
         arguments = [*coefficients, *start, *_forces(instance.warm_start, instance.program)]
         with self._lock:
@@ -305,15 +307,12 @@ class _Conic:
         """x, lam_a, lam_x and the residual of every sample; a map has no statistics."""
         warm = batch.warm_start or [None] * len(batch)
         forces = [np.stack(side) for side in zip(*(_forces(w, batch.program) for w in warm), strict=True)]
-        return self._batch(*_coefficients(batch), batch.lower, batch.upper, batch.initial, *forces)
+        return self._batch(*_data(batch.coefficients), batch.lower, batch.upper, batch.initial, *forces)
 
 
-def _coefficients(of: Instance | Batch) -> list[Array]:
-    """Nonzeros of the Hessian, gradient, nonzeros of the Jacobian and constraints at z = 0, (B, ...) each."""
-    zero = np.zeros_like(np.atleast_2d(of.initial))
-    first = of.program.first_order(zero, of.parameters)
-    hessian = of.program.hessian(zero, of.parameters, np.zeros(of.program.constraints))
-    return [hessian, first.gradient, first.jacobian, first.constraints]
+def _data(of: Coefficients) -> list[Array]:
+    """In the order of the function that solves a batch."""
+    return [of.hessian, of.gradient, of.jacobian, of.constraints]
 
 
 def _residual(data: Mapping[str, Any], x: Any, lam_a: Any, lam_x: Any) -> Any:

@@ -88,15 +88,13 @@ class DAQPAdapter(Adapter):
     def _solve_all(self, batch: Batch) -> list[Point]:
         import daqp
 
-        program, zero = batch.program, np.zeros_like(batch.initial)
+        program, given = batch.program, batch.coefficients
         settings = self._settings(batch)
-        first = program.first_order(zero, batch.parameters)
-        hessian = program.hessian(zero, batch.parameters, np.zeros(program.constraints))
-        P, J = program.hessian_pattern.dense(hessian), program.jacobian_pattern.dense(first.jacobian)
-        P, J = np.ascontiguousarray(P), np.ascontiguousarray(J)
+        P = np.ascontiguousarray(program.hessian_pattern.dense(given.hessian))
+        J = np.ascontiguousarray(program.jacobian_pattern.dense(given.jacobian))
         m, n = program.equality.size, program.variables.size
-        upper = np.concatenate([batch.upper, -first.constraints], axis=1)
-        lower = np.concatenate([batch.lower, -first.constraints], axis=1)
+        upper = np.concatenate([batch.upper, -given.constraints], axis=1)
+        lower = np.concatenate([batch.lower, -given.constraints], axis=1)
         lower[:, n + m :] = -np.inf
         lower, upper = np.maximum(lower, -1e30), np.minimum(upper, 1e30)  # what it takes for none
         kinds = np.zeros(lower.shape[1], dtype=np.int32)
@@ -111,7 +109,7 @@ class DAQPAdapter(Adapter):
             sense = kinds.copy()
             sense[:n] = fixed[i]
             start = self._start(batch.warm_start[i] if batch.warm_start else None)
-            found = daqp.solve(P[i], first.gradient[i], J[i], upper[i], lower[i], sense, **settings, **start)
+            found = daqp.solve(P[i], given.gradient[i], J[i], upper[i], lower[i], sense, **settings, **start)
             points.append(self._point(found, m, n, batch.initial[i]))
         return points
 

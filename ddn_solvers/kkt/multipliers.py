@@ -76,7 +76,16 @@ def _on_kinks(program: Program, bound: Bound, point: PrimalDual) -> Evaluation:
     if program.pieces is None:
         return evaluation
     near = evaluation.scaled_slack[:, kink_sides(evaluation)] <= _NEARLY_ON_KINK
-    return Evaluation.at(program, bound, replace(point, pieces=np.where(near, 0.0, point.pieces)))
+    pushed = point.y.copy()
+    pushed[:, : program.constraints] = 1.0  # those of constraints may not be known yet
+    on, loaded = (
+        Evaluation.at(program, bound, replace(point, y=y, pieces=np.where(near, 0.0, point.pieces)))
+        for y in (point.y, pushed)
+    )
+    passed = near & on.idle_kinks & loaded.idle_kinks  # ties of what a maximum passes over hold nothing
+    if not passed.any():
+        return on
+    return Evaluation.at(program, bound, replace(point, pieces=np.where(near & ~passed, 0.0, point.pieces)))
 
 
 def _fitted(evaluation: Evaluation, near: Mask, equality: Mask) -> PrimalDual:
