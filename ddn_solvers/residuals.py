@@ -104,21 +104,24 @@ class Evaluation:
 
     def moved(self, point: PrimalDual) -> Evaluation:
         """The same samples at other points; the matrices of an LP or QP are the same there, and what is made of them."""
-        there = Evaluation.at(self.program, self.bound, point)
-        if self._quadratic:
+        return self.at_known(point, Evaluation.at(self.program, self.bound, point).first)
+
+    def at_known(self, point: PrimalDual, first: FirstOrder) -> Evaluation:
+        """``moved`` to points at which the derivatives are known already."""
+        there = Evaluation(self.program, self.bound, point, first)
+        if self.quadratic:
             there.__dict__.update({name: getattr(self, name) for name in _OF_MATRICES})
         return there
 
     def with_bounds_pushing(self, lower: Array, upper: Array) -> Evaluation:
         """The same points with other multipliers of the bounds, which no derivative depends on."""
-        point = replace(self.point, lower=lower, upper=upper)
-        there = Evaluation(self.program, self.bound, point, self.first)
-        kept = _OF_MATRICES if self._quadratic else ("J", "_second")
-        there.__dict__.update({name: getattr(self, name) for name in kept})
+        there = self.at_known(replace(self.point, lower=lower, upper=upper), self.first)
+        there.__dict__.update({name: getattr(self, name) for name in ("J", "_second")})
         return there
 
     @property
-    def _quadratic(self) -> bool:
+    def quadratic(self) -> bool:
+        """Whether H and J are the same at every point."""
         return self.program.problem_class in (ProblemClass.LP, ProblemClass.QP)
 
     @property
@@ -374,7 +377,7 @@ class Evaluation:
         sqrt(2 |f(0)| / P). Of other problems nothing is known: 1.
         """
         z = self.point.z
-        if not self._quadratic:
+        if not self.quadratic:
             return np.ones(len(z))
         first, H, J, far = self.first, self._second, self.J, np.abs(z)
         curvature, bends = H.diagonal(), H.times(z)

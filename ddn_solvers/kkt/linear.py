@@ -103,6 +103,10 @@ class Schur(LinearSolver):
         lu = DenseLU()
         return L, W, R, others, lu, lu.init(K.take(others)) if len(others) else None
 
+    def convex(self, state: Any) -> bool:
+        """Whether every H has been factored so."""
+        return len(state[3]) == 0
+
     def compute(self, state: Any, rhs: torch.Tensor) -> torch.Tensor:
         L, W, R, others, lu, factors = state
         n, column = L.shape[-1], rhs.unsqueeze(-1)

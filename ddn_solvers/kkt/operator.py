@@ -20,6 +20,7 @@ import torch
 
 from ddn_solvers.arrays import Index
 from ddn_solvers.lowering.pattern import Matrices, Pattern
+from ddn_solvers.transforms import is_transformed
 
 if TYPE_CHECKING:
     import scipy.sparse as sp
@@ -165,6 +166,8 @@ class Bordered:
         n = hessian.shape[1]
         x, t = kept[..., :n], kept[..., n:]
         diagonal = torch.where(kept, diagonal, torch.ones_like(kept, dtype=torch.float64))
+        if not is_transformed(kept) and bool(kept.all()):
+            return Bordered(hessian, border, kept, diagonal)
         return Bordered(hessian.masked(x, x), border.masked(t, x), kept, diagonal)
 
     @property

@@ -23,6 +23,8 @@ from ddn_solvers.residuals import Bound, Evaluation, PrimalDual
 
 _MAX_STEPS = 8
 _CONVERGED = 1e-9  # relative step after which, the convergence being quadratic, another is rounding
+_ROUNDING = 1e-13  # relative size of a step that is not worth taking
+_EXACT = 1e-12  # at points with no scaled residual above this
 _SIGN = 1e-11  # scaled slack or multiplier that counts as negative
 
 
@@ -85,12 +87,17 @@ def polish(program: Program, bound: Bound, start: PrimalDual, linear_solver: Any
         system = kkt_system(here, active, linear_solver=linear_solver)
         whole = system if whole is None and len(samples) == batch else whole
         last = replace(last, sides=_put(last.sides, samples, active.sides, np.ones(len(samples), dtype=bool)))
-        tried, predicted[samples] = _newton_step(here, active, system)
+        step = _newton_step(here, active, system)
+        predicted[samples] = step.size
         singular[samples], condition[samples] = system.singular.numpy(), system.condition.numpy()
+        exact = step.rounding & (before.scaled <= _EXACT)
+        if exact.all():  # as active-set methods leave a QP
+            break
+        tried = _taken(here, active, step)
         with np.errstate(invalid="ignore"):
-            better = tried.scaled < before.scaled
+            better = ~exact & (tried.scaled < before.scaled)
         corrected = _corrected(active, tried, system.singular.numpy())
-        changed = (corrected.sides != active.sides).any(axis=1) & np.isfinite(tried.scaled)
+        changed = (corrected.sides != active.sides).any(axis=1) & np.isfinite(tried.scaled) & ~exact
         working = replace(working, sides=_put(working.sides, samples, corrected.sides, changed))
         best = _put_evaluation(best, samples, tried, better)
         open_[samples] = changed | (better & (predicted[samples] > _CONVERGED))
@@ -103,8 +110,23 @@ def _where_finite(before: Evaluation, after: Evaluation) -> Evaluation:
     return after if defined.all() else _put_evaluation(before, np.arange(len(defined)), after, defined)
 
 
-def _newton_step(here: Evaluation, active: ActiveSet, system: System) -> tuple[Evaluation, Array]:
-    """The point after one Newton step on the active equations, and the relative size of the step."""
+@dataclass(frozen=True)
+class _Step:
+    """A Newton step on the active equations.
+
+    Attributes:
+        z, y: Where it leads, (B, n) and (B, m).
+        size: Relative size of the step, |dz / w|, (B,).
+        rounding: Whether step and change of the multipliers are rounding, (B,).
+    """
+
+    z: Array
+    y: Array
+    size: Array
+    rounding: Mask
+
+
+def _newton_step(here: Evaluation, active: ActiveSet, system: System) -> _Step:
     y = np.where(active.constraints, here.point.y, 0.0)
     forces = Evaluation(here.program, here.bound, replace(here.point, y=y), here.first).constraint_forces
     target = np.where(active.lower, here.bound.lower, here.bound.upper)
@@ -115,9 +137,17 @@ def _newton_step(here: Evaluation, active: ActiveSet, system: System) -> tuple[E
     )
     x, t = step.x.numpy(), step.t.numpy()
     z = np.where(active.fixed, target, here.point.z + x)
-    moved = here.moved(replace(here.point, z=z, y=y + t))
-    tried = moved.with_bounds_pushing(*bound_multipliers(moved, active))
-    return tried, np.abs(x / here.size).max(axis=1, initial=0.0)
+    size, forces = np.abs(x / here.size).max(axis=1, initial=0.0), here.reach / here.force
+    change, force = (np.abs(v * forces).max(axis=1, initial=0.0) for v in (t, y))
+    rounding = (size <= _ROUNDING) & (change <= _ROUNDING * np.maximum(force, 1.0))
+    rounding &= (~active.fixed | (here.point.z == target)).all(axis=1)  # at a bound is where it says
+    return _Step(z, y + t, size, rounding & ~system.singular.numpy())
+
+
+def _taken(here: Evaluation, active: ActiveSet, step: _Step) -> Evaluation:
+    """The points after a step."""
+    moved = here.moved(replace(here.point, z=step.z, y=step.y))
+    return moved.with_bounds_pushing(*bound_multipliers(moved, active))
 
 
 def bound_multipliers(evaluation: Evaluation, active: ActiveSet) -> tuple[Array, Array]:
@@ -152,7 +182,7 @@ def _put_evaluation(whole: Evaluation, samples: Index, part: Evaluation, accept:
         whole.first,
         **{k: _put(v, samples, getattr(part.first, k), accept) for k, v in vars(whole.first).items()},
     )
-    return Evaluation(whole.program, whole.bound, point, first)
+    return whole.at_known(point, first)
 
 
 def _put(whole: Any, samples: Index, part: Any, accept: Mask) -> Any:

@@ -105,6 +105,11 @@ class System:
         if any_singular:
             self._prepare_singular(proximal)
 
+    @property
+    def convex(self) -> bool:
+        """Whether factoring has shown that H is positive definite on the free variables of every sample."""
+        return isinstance(self._solver, Schur) and not self._repair and self._solver.convex(self._state)
+
     def _operator(self, matrix: torch.Tensor | Matrices | Operator) -> Operator:
         if isinstance(matrix, Operator):
             return matrix
@@ -271,16 +276,22 @@ class _Packing:
 
 
 def _first(mask: torch.Tensor) -> torch.Tensor:
-    """Indices that put what is set first, as many as the fullest sample has."""
+    """Indices that put what is set first, as many as the fullest sample has; all in order, where that is all."""
     count = int(mask.sum(-1).amax()) if mask.numel() else 0
+    if count == mask.shape[1]:
+        return torch.arange(count).expand(mask.shape)
     return torch.argsort(~mask, dim=-1, stable=True)[:, :count]
 
 
 def _rows(matrix: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    if index.shape[1] == matrix.shape[1]:
+        return matrix  # all of them, in order: see ``_first``
     return matrix.gather(1, index.unsqueeze(2).expand(-1, -1, matrix.shape[2]))
 
 
 def _columns(matrix: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    if index.shape[1] == matrix.shape[2]:
+        return matrix
     return matrix.gather(2, index.unsqueeze(1).expand(-1, matrix.shape[1], -1))
 
 

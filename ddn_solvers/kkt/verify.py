@@ -102,12 +102,13 @@ def verify(
         evaluation, active, singular, condition = _established(evaluation, tolerance, polished, policy)
         kinks = _kinks(evaluation)
         singular = singular | (evaluation.vanishing & active.constraints).any(axis=1)
+        reusable = not singular.any() and np.array_equal(polished.working.sides, active.sides)
+        nearby = polished.system if reusable else None
         bent = np.zeros(len(start.z), dtype=bool)
-        if minimum and program.may_be_nonconvex and not surely_minimal(evaluation, active):
+        factored = nearby is not None and evaluation.quadratic and nearby.convex
+        if minimum and program.may_be_nonconvex and not factored and not surely_minimal(evaluation, active):
             finite = np.flatnonzero(np.isfinite(evaluation.scaled))
             bent[finite] = curvature(evaluation.take(finite), active.take(finite)).negative
-    reusable = not singular.any() and np.array_equal(polished.working.sides, active.sides)
-    nearby = polished.system if reusable else None
     status, reasons = [], []
     for i in range(len(start.z)):
         numbers = {
