@@ -2,7 +2,8 @@
 
 Solved means: after the polish, scaled feasibility and complementarity are within ``accuracy``, and so is
 the predicted Newton step |dz / w|, w being the sizes of the variables (``residuals.py``), where the KKT matrix is
-regular (stationarity scaled by row where it is not).
+regular (stationarity scaled by row where it is not). Where curvature is not that of the way to the solution, as close
+to the zero of a norm, a step says little: forces that do not balance at all are then no solution either.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from ddn_solvers.residuals import Bound, Evaluation, PrimalDual
 from ddn_solvers.solution import Status
 
 _ON_KINK = 1e-8  # |residual| / max(1, |z|) that counts as sitting on a kink, once polished
+_UNBALANCED = 1e-2  # scaled stationarity that no small step excuses
 _NEAR_KINK = 1e-2  # and as possibly the reason why a point is not stationary
 
 
@@ -95,7 +97,8 @@ def verify(
         polished = polish(program, bound, start, policy.linear_solver)
         evaluation = polished.evaluation
         feasibility, complementarity = evaluation.scaled_feasibility, evaluation.scaled_complementarity
-        distance = np.where(polished.singular, evaluation.scaled_stationarity, polished.predicted)
+        stationarity, predicted = evaluation.scaled_stationarity, polished.predicted
+        decides = polished.singular | (stationarity > _UNBALANCED)
         # Where the point could not be polished to rounding, the active set is judged less finely.
         tolerance = np.maximum(policy.activity_tolerance(dtype), 10 * evaluation.scaled)
         tolerance = np.where(np.isfinite(tolerance), tolerance, 0.0)
@@ -114,7 +117,8 @@ def verify(
         numbers = {
             "feasibility": feasibility[i],
             "complementarity": complementarity[i],
-            "stationarity" if polished.singular[i] else "predicted Newton step": distance[i],
+            "stationarity": stationarity[i] if decides[i] else 0.0,
+            "predicted Newton step": 0.0 if polished.singular[i] else predicted[i],
         }
         verdict, reason = _judge(
             numbers, evaluation.first.objective[i], kinks[i], program.kinks, bool(bent[i]), policy.accuracy
