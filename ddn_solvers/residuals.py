@@ -424,7 +424,10 @@ class Evaluation:
         """The largest change of the objective, by curvature where variables change by ``bending``, else by ``size``."""
         curvature = self.H.absolute.scaled(bending, bending).largest()
         kinks = _largest(self.kink_weights * self._kink_norms)
-        forces = np.maximum.reduce([_largest(self.first.gradient * size), curvature, kinks])
+        slopes = np.maximum(_largest(self.first.gradient * size), kinks)
+        if not self.program.numbers.all():  # that of a norm near its zero has no limit
+            curvature = np.where(slopes > 0, np.minimum(curvature, slopes), curvature)
+        forces = np.maximum(slopes, curvature)
         return np.where(forces > 0, forces, 1.0)[:, None]
 
     @cached_property

@@ -603,7 +603,7 @@ class Reference:
 
     Attributes:
         matrix: (n + m + 2 n + 1, P): point, y, multipliers of lower and upper bounds, optimal value.
-        condition: Of the KKT matrix with rows of norm one; of its nonzero part where it is singular.
+        condition: Of the KKT matrix with rows of norm one; where it is singular, of its nonzero part, as it is too.
     """
 
     matrix: np.ndarray
@@ -661,8 +661,9 @@ def _solved(K: np.ndarray, rhs: np.ndarray, singular: bool) -> tuple[np.ndarray,
     values = np.linalg.svd(K / norms[:, None] / norms, compute_uv=False)
     if not singular:
         return np.linalg.solve(K, rhs), values[0] / values[-1]
-    kept = values[values > 1e-11 * values[0]]
-    condition = kept[0] / kept[-1] if len(kept) else 1.0
+    plain = np.linalg.svd(K, compute_uv=False)  # least norm is meant in the user's units
+    kept = [v[v > 1e-11 * v[0]] for v in (values, plain)]
+    condition = max([1.0, *(v[0] / v[-1] for v in kept if len(v))])
     return _least_norm(K, rhs), condition
 
 

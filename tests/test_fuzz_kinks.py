@@ -469,3 +469,11 @@ def test_ties_among_what_a_maximum_passes_over_hold_nothing() -> None:
     certificate = sensitivity_at(known).certificate
     assert certificate.ok.all()
     assert (certificate.stationarity < 1e-9).all()
+
+
+def test_the_curvature_of_a_norm_near_its_zero_excuses_no_force() -> None:
+    """SLSQP stops 7e-12 off the zero of a norm, whose curvature of 1e11 made forces of 0.8 look like none."""
+    kinks = (("norm", 3), ("norm", 2), ("abs", 3))
+    known = build(Declaration(7, kinks, equalities=1), 55697480, 2, "semidefinite")
+    solution = ddn.solve(known.declaration.problem, known.parameters, solver="scipy:SLSQP")
+    torch.testing.assert_close(solution["u"], known.z, rtol=0, atol=1e-7)
