@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from ddn_solvers.adapter import ProblemClass
-from ddn_solvers.arrays import Array, Index
+from ddn_solvers.arrays import Array, Index, Mask
 from ddn_solvers.evaluators import Coefficients, Evaluators, FirstOrder
 from ddn_solvers.lowering.pattern import Matrices
 from ddn_solvers.program import Program
@@ -39,6 +39,7 @@ _CANCELLED = 1e3 * _EPSILON  # of the terms of a difference, what may be their r
 _SMALLEST = 1e-9  # size of the variables relative to 1 that may not be rounding
 _NOTHING = 1e-7  # relative size of the forces that meet in a row below which they are not told apart: with the accuracy, rounding
 _ROUNDING = 1e-13  # relative force that counts as none
+_NEAR_ZERO = 1e-3  # of the length of a vector relative to what it can become
 _VANISHING = 1e-2  # of the change of a row's gradient over a hundredth of the point's size
 
 
@@ -249,6 +250,13 @@ class Evaluation:
         return idle & (forces <= _ROUNDING * np.where(unit > 0, unit, 1.0))
 
     @property
+    def _at_norms(self) -> Mask:
+        """Samples near the zero of a norm that pushes: its curvature there has no limit, its force has, (B,)."""
+        pushes = ~self.program.numbers & (self.point.pieces != 0) & (np.abs(self.kink_weights) > 0)
+        near: Mask = (pushes & (self._kink_slack <= _NEAR_ZERO * self._kink_norms)).any(axis=1)
+        return near
+
+    @property
     def _strength(self) -> Array:
         """The largest force of objective and kinks, curvature aside, (B, 1): that of a norm has no limit at zero."""
         kinks = _largest(self.kink_weights * self._kink_norms)
@@ -425,8 +433,8 @@ class Evaluation:
         curvature = self.H.absolute.scaled(bending, bending).largest()
         kinks = _largest(self.kink_weights * self._kink_norms)
         slopes = np.maximum(_largest(self.first.gradient * size), kinks)
-        if not self.program.numbers.all():  # that of a norm near its zero has no limit
-            curvature = np.where(slopes > 0, np.minimum(curvature, slopes), curvature)
+        if not self.program.numbers.all():
+            curvature = np.where(self._at_norms, np.minimum(curvature, slopes), curvature)
         forces = np.maximum(slopes, curvature)
         return np.where(forces > 0, forces, 1.0)[:, None]
 
@@ -477,9 +485,9 @@ class Evaluation:
         felt = np.minimum(self.own_size, np.maximum(self.reference, self.length)[:, None])
         bends = self.H.absolute
         curvature, rounding = bends.times(felt), _EPSILON * bends.times(np.abs(self.point.z))
-        if not self.program.numbers.all():  # that of a norm near its zero is no force that could meet another
-            largest = self._strength
-            curvature = np.where(largest > 0, np.minimum(curvature, largest / self.size), curvature)
+        if not self.program.numbers.all():
+            limited = np.minimum(curvature, self._strength / self.size)
+            curvature = np.where(self._at_norms[:, None], limited, curvature)
         meeting += curvature + np.abs(self.point.lower) + self.point.upper
         floor = _NOTHING * self._force(felt, felt) / felt
         hidden = rounding / np.maximum(curvature, floor)  # multipliers may be of that rounding themselves
