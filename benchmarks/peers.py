@@ -14,9 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-
-Tensors = Mapping[str, torch.Tensor]
-Call = Callable[[Tensors], torch.Tensor]
+from contest import Call, Tensors
 
 
 def qpth(_: Tensors) -> Call:

@@ -3,7 +3,7 @@
     T1   64 problems, n = 50, 25 equalities, 50 inequalities
     T2   one problem, n = 200, 100 equalities, 200 inequalities
 
-One process, one thread, medians of calls that take turns. Problems are built around a KKT point with a known active
+One process, one thread, medians of calls that take turns (``contest.py``). Problems are built around a KKT point with a known active
 set; reference gradients solve its KKT system with residuals in extended precision. Errors are relative to the largest
 entry of a block, the worst block's is shown. Run it as ``python benchmarks/qp.py [T1 T2]`` where the peers are
 installed (``pip install moreau proxsuite cvxpylayers jaxopt libdqp``, ``pip install --no-deps qpth``).
@@ -11,33 +11,18 @@ installed (``pip install moreau proxsuite cvxpylayers jaxopt libdqp``, ``pip ins
 
 from __future__ import annotations
 
-import statistics
 import sys
-import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from peers import QP, Call, Tensors
+from contest import Reference, contest
+from peers import QP
 from rich.console import Console
-from rich.table import Table
 
 BLOCKS = ("P", "q", "A", "b", "G", "h")
 SIZES = {"T1": (64, 50, 25, 50), "T2": (1, 200, 100, 200)}
 REPEATS = {"T1": 15, "T2": 25}
-SLOW = 3.0  # seconds for all calls of a peer, about, after which its turns are over
-
-
-@dataclass
-class Reference:
-    """Problems, a cotangent, and what exact arithmetic makes of them."""
-
-    tensors: dict[str, torch.Tensor]
-    v: torch.Tensor
-    u: np.ndarray
-    gradients: dict[str, np.ndarray]
 
 
 def reference(batch: int, n: int, m: int, k: int, seed: int = 0) -> Reference:
@@ -62,7 +47,8 @@ def reference(batch: int, n: int, m: int, k: int, seed: int = 0) -> Reference:
     tensors = {
         name: torch.from_numpy(np.ascontiguousarray(value)).requires_grad_() for name, value in data.items()
     }
-    return Reference(tensors, torch.from_numpy(v), *_exact(data, v, active, u))
+    tensors = {name: tensors[name] for name in BLOCKS}
+    return Reference(tensors, torch.from_numpy(v), *_exact(data, v, active, u), symmetric=("P",))
 
 
 def _exact(
@@ -93,91 +79,11 @@ def _refined(K: np.ndarray, right: np.ndarray) -> np.ndarray:
     return x.astype(float)
 
 
-def errors(r: Reference, call: Call) -> tuple[float, float]:
-    """Of the point, and of the worst block of gradients; relative to the largest entry."""
-    u = call(r.tensors)
-    found = torch.autograd.grad(u, [r.tensors[name] for name in BLOCKS], r.v)
-    off = float(np.abs(u.detach().numpy() - r.u).max() / np.abs(r.u).max())
-    worst = 0.0
-    for name, gradient in zip(BLOCKS, found, strict=True):
-        got = gradient.numpy()
-        got = (got + got.transpose(0, 2, 1)) / 2 if name == "P" else got
-        exact = r.gradients[name]
-        worst = max(worst, float(np.abs(got - exact).max() / np.abs(exact).max()))
-    return off, worst
-
-
-def timed(r: Reference, calls: dict[str, Call], repeats: int) -> dict[str, tuple[float, float]]:
-    """Median milliseconds of forward and backward; the calls take turns, so that all see the same machine."""
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
-    inputs = [r.tensors[name] for name in BLOCKS]
-    for turn in range(repeats + 1):
-        for name, call in calls.items():
-            if times[name] and sum(map(sum, times[name])) > SLOW and len(times[name]) >= 3:
-                continue
-            start = time.perf_counter()
-            u = call(r.tensors)
-            middle = time.perf_counter()
-            torch.autograd.grad(u, inputs, r.v)
-            if turn:
-                times[name].append((middle - start, time.perf_counter() - middle))
-    return {
-        name: tuple(1e3 * statistics.median(part) for part in zip(*t, strict=True))
-        for name, t in times.items()
-    }
-
-
-def made(r: Reference, make: Callable[[Tensors], Call]) -> tuple[Call | None, str]:
-    """The call of a peer, or why there is none."""
-    try:
-        call = make(r.tensors)
-        call(r.tensors)
-    except ImportError as error:
-        return None, f"not installed: {error.name}"
-    except Exception as error:
-        return None, f"{type(error).__name__}: {str(error).splitlines()[0][:60]}"
-    return call, ""
-
-
-def run(name: str) -> Table:
-    r = reference(*SIZES[name])
-    calls: dict[str, Call] = {}
-    table = Table(
-        *("library", "forward ms", "backward ms", "total ms", "ours / theirs", "point", "gradient"),
-        title=name,
-    )
-    missing = []
-    for peer, make in QP.items():
-        call, why = made(r, make)
-        if call is None:
-            missing.append((peer, why))
-        else:
-            calls[peer] = call
-    times = timed(r, calls, REPEATS[name])
-    ours = sum(times["ddn_solvers"])
-    for peer in sorted(times, key=lambda peer: sum(times[peer])):
-        forward, backward = times[peer]
-        off, worst = errors(r, calls[peer])
-        ratio = f"{ours / (forward + backward):.2f}"
-        table.add_row(
-            peer,
-            f"{forward:.1f}",
-            f"{backward:.1f}",
-            f"{forward + backward:.1f}",
-            ratio,
-            f"{off:.0e}",
-            f"{worst:.0e}",
-        )
-    for peer, why in missing:
-        table.add_row(peer, why)
-    return table
-
-
 def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     for name in sys.argv[1:] or SIZES:
-        Console(width=120).print(run(name))
+        Console(width=120).print(contest(name, reference(*SIZES[name]), QP, REPEATS[name]))
 
 
 if __name__ == "__main__":

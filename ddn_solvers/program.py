@@ -189,6 +189,11 @@ class Program(Evaluators):
             return ProblemClass.QP
         return ProblemClass.LEAST_SQUARES if self.sum_of_squares else ProblemClass.NLP
 
+    @property
+    def quadratic(self) -> bool:
+        """Whether it is an LP or a QP: H and J are the same at every point."""
+        return self.problem_class in (ProblemClass.LP, ProblemClass.QP)
+
     @cached_property
     def affine_constraints(self) -> bool:
         """Whether all of c is affine in the variables."""

@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 
-from ddn_solvers.adapter import ProblemClass
 from ddn_solvers.arrays import Array, Index, Mask
 from ddn_solvers.evaluators import Coefficients, Evaluators, FirstOrder
 from ddn_solvers.lowering.pattern import Matrices
@@ -110,7 +109,7 @@ class Evaluation:
     def at_known(self, point: PrimalDual, first: FirstOrder) -> Evaluation:
         """``moved`` to points at which the derivatives are known already."""
         there = Evaluation(self.program, self.bound, point, first)
-        if self.quadratic:
+        if self.program.quadratic:
             there.__dict__.update({name: getattr(self, name) for name in _OF_MATRICES})
         return there
 
@@ -119,11 +118,6 @@ class Evaluation:
         there = self.at_known(replace(self.point, lower=lower, upper=upper), self.first)
         there.__dict__.update({name: getattr(self, name) for name in ("J", "_second")})
         return there
-
-    @property
-    def quadratic(self) -> bool:
-        """Whether H and J are the same at every point."""
-        return self.program.problem_class in (ProblemClass.LP, ProblemClass.QP)
 
     @property
     def functions(self) -> Evaluators:
@@ -385,7 +379,7 @@ class Evaluation:
         sqrt(2 |f(0)| / P). Of other problems nothing is known: 1.
         """
         z = self.point.z
-        if not self.quadratic:
+        if not self.program.quadratic:
             return np.ones(len(z))
         first, H, J, far = self.first, self._second, self.J, np.abs(z)
         curvature, bends = H.diagonal(), H.times(z)

@@ -95,7 +95,7 @@ def _auto(program: Program) -> list[Route]:
         raise BackendCannotSolve(
             "no installed backend can solve this problem; see ddn.compile(problem).explain()"
         )
-    if program.problem_class in (ProblemClass.LP, ProblemClass.QP):
+    if program.quadratic:
         return found  # where one starts says nothing about where these end
     local = (r for r in found if Feature.NONCONVEX in r.method.features and r.form is Form.DECLARED)
     return [*found, *(replace(route, start=Start.ANOTHER) for route in itertools.islice(local, 1))]

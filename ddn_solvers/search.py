@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ddn_solvers import isolation
-from ddn_solvers.adapter import Adapter, Batch, Feature, Method, Options, Point, ProblemClass
+from ddn_solvers.adapter import Adapter, Batch, Feature, Method, Options, Point
 from ddn_solvers.arrays import Array, Index, Mask
 from ddn_solvers.binding import check_finite
 from ddn_solvers.derived import scaled, with_extra
@@ -81,6 +81,7 @@ class Search:
     options: Options
     initial: Array | None
     warm_start: list[Point] | None
+    continues: bool = False  # a warm start may be all that is needed: see ``_continue``
     status: list[Status] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
     backend: list[str] = field(default_factory=list)
@@ -105,8 +106,7 @@ class Search:
         lower, upper = (
             np.ascontiguousarray(np.broadcast_to(s, (samples, s.shape[1]))) for s in (lower, upper)
         )
-        quadratic = program.problem_class in (ProblemClass.LP, ProblemClass.QP)
-        known = program.coefficients(parameters, samples) if quadratic else None
+        known = program.coefficients(parameters, samples) if program.quadratic else None
         bound = Bound(parameters, lower, upper, known)
         given = self.start(Start.GIVEN, lower, upper)
         self._reset(samples)
@@ -123,6 +123,8 @@ class Search:
             deadline = time.monotonic() + self.options.call_time_limit
             self.options = replace(self.options, deadline=deadline)
         refusal: BackendCannotSolve | None = None
+        if self.continues and self.warm_start is not None and len(self.warm_start) == samples:
+            self._continue(self.warm_start, bound, best, open_)
         attempts = self._attempts()
         for route in attempts:
             remaining = self._remaining(route, open_)
@@ -168,7 +170,7 @@ class Search:
         rest = [route for route in self.routes if route.start is not Start.GIVEN]
         if self.initial is not None or self.warm_start is not None:
             rest = [*(replace(route, start=Start.FRESH) for route in given), *rest]
-        if self.program.problem_class in (ProblemClass.LP, ProblemClass.QP):
+        if self.program.quadratic:
             rest += [replace(route, form=Form.SCALED) for route in given if route.form is Form.DECLARED]
         return [*given, *rest]
 
@@ -253,6 +255,23 @@ class Search:
             return Point(initial, status, message=point.message or "returned numbers that are not finite")
         return point
 
+    def _continue(self, points: list[Point], bound: Bound, best: PrimalDual, open_: Mask) -> None:
+        """Newton's method from the warm start, which the verification is anyway; no backend where that does."""
+        samples = np.flatnonzero(open_)
+        if not samples.size:
+            return
+        part = bound.take(samples)
+        with np.errstate(all="ignore"):
+            start = _with_multipliers(self.program, part, [points[i] for i in samples])
+        verified = verify(self.program, part, start, self.policy, self.dtype)
+        if len(samples) == len(self.status):
+            self.verified = verified
+        for k in np.flatnonzero(verified.optimal):
+            i = samples[k]
+            best.put(i, verified.evaluation.point, int(k))
+            self.backend[i], self.method[i] = "ddn_solvers", "newton"
+            self.status[i], open_[i] = Status.OPTIMAL, False
+
     def _judge(
         self, route: Route, points: list[Point], bound: Bound, samples: Index, best: PrimalDual, open_: Mask
     ) -> None:
@@ -278,7 +297,7 @@ class Search:
     def _proved(self, bound: Bound, z: Array, claim: Status) -> bool:
         """Whether a backend's claim that an LP or QP has no solution holds; then no other need be asked."""
         claims = claim in (Status.INFEASIBLE, Status.UNBOUNDED)
-        if not claims or self.program.problem_class not in (ProblemClass.LP, ProblemClass.QP):
+        if not claims or not self.program.quadratic:
             return False
         found = diagnose(self.program, bound, z, self.policy.accuracy)
         return found is not None and found[0] is claim

@@ -57,7 +57,9 @@ def solve(
         initial: Starting point: a dict by variable, or a tensor when there is one variable; by
             default zero, moved into the bounds. Samples that fail from there are tried from the default.
         warm_start: An earlier ``Solution`` of the same batch: point and multipliers to start from, with
-            the same retry.
+            the same retry. ``"auto"`` first takes Newton steps from there, on the active set as it
+            changes, unless the problem is an LP or QP; a sample that ends in a verified minimum needs no
+            backend.
         options: ``max_iter``, ``time_limit`` (seconds a sample), ``call_time_limit`` (seconds for
             all samples and retries together), ``tolerance``, ``isolate`` (``True``: the
             backend runs in a process of its own, which may crash or be ended), and native options of the
@@ -105,6 +107,7 @@ def solve_captured(
         options=call_options,
         initial=flat_point(program.variables, start, binding.batch) if start else None,
         warm_start=_warm_points(program, warm_start, binding),
+        continues=solver == "auto" and not program.quadratic,
     )
     outputs, closest = apply(Operation(program, policy, search.find), binding.blocks), None
     if policy.on_failure == "closest":

@@ -108,7 +108,7 @@ def verify(
         reusable = not singular.any() and np.array_equal(polished.working.sides, active.sides)
         nearby = polished.system if reusable else None
         bent = np.zeros(len(start.z), dtype=bool)
-        factored = nearby is not None and evaluation.quadratic and nearby.convex
+        factored = nearby is not None and program.quadratic and nearby.convex
         if minimum and program.may_be_nonconvex and not factored and not surely_minimal(evaluation, active):
             finite = np.flatnonzero(np.isfinite(evaluation.scaled))
             bent[finite] = curvature(evaluation.take(finite), active.take(finite)).negative
