@@ -110,14 +110,19 @@ def assert_vjp(
     cotangents: Mapping[str, torch.Tensor],
     references: list[Reference],
     atol: float | None = None,
+    floor: float = 1e-3,
 ) -> None:
-    """Every gradient to ``tolerance``, relative to the largest sum of absolute terms of its parameter."""
+    """Every gradient to ``tolerance``, relative to the largest sum of absolute terms of its parameter.
+
+    Args:
+        floor: Of these sums, relative to that of all parameters: what cancels leaves rounding.
+    """
     flat = flattened(cotangents, known).numpy()
     exact = np.stack([v @ one.matrix for v, one in zip(flat, references, strict=True)])
     terms = np.stack([abs(v) @ abs(one.matrix) for v, one in zip(flat, references, strict=True)])
     bound = atol or tolerance(references)
     expected, scale = by_parameter(known, exact), by_parameter(known, terms)
-    least = 1e-3 * max(value.max().item() for value in scale.values())  # what cancels leaves rounding
+    least = floor * max(value.max().item() for value in scale.values())
     for name, gradient in found.items():
         error, size = (
             (gradient.to(D) - expected[name]).abs().max().item(),
@@ -302,7 +307,8 @@ def test_flat_directions_give_the_minimum_norm_derivative(known: Known, seed: in
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         gradient = sensitivity_at(known).vjp(cotangents)
-    assert_vjp(gradient, known, cotangents, references)
+    # A null space is known to rounding over the gap beside it, whichever way it points.
+    assert_vjp(gradient, known, cotangents, references, floor=1.0)
     assert [w.category for w in caught] == [ddn.DegeneracyWarning] * bool((known.flat > 0).any())
 
 
@@ -408,8 +414,8 @@ def test_what_solve_calls_optimal_is_a_minimum_with_its_own_gradient(known: Know
     parameters = leaves(known)
     policy = ddn.Policy(on_failure="mask")
     solution = ddn.solve(known.declaration.problem, parameters, initial=start, policy=policy)
-    ok = solution.certificate.ok
-    assert not (solution.converged & ~solution.certificate.sosc & ~solution.certificate.singular).any()
+    ok, clear = solution.certificate.ok, solution.certificate.condition < 1e6  # see ``assert_curvature``
+    assert not (solution.converged & clear & ~solution.certificate.sosc).any()
     assume(ok.all())
     there = at(known, solution)
     assert kkt_residual(there) <= 1e-6
