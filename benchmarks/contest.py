@@ -52,6 +52,15 @@ class Entry:
         return forward, 1e3 * statistics.median(self.backward) if self.backward else None
 
 
+def refined(K: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """K^-1 right, with residuals in extended precision."""
+    inverse, wide = np.linalg.inv(K), K.astype(np.longdouble)
+    x = (inverse @ right).astype(np.longdouble)
+    for _ in range(4):
+        x += inverse @ (right - wide @ x).astype(float)
+    return x.astype(float)
+
+
 def errors(r: Reference, call: Call) -> tuple[float, float | None]:
     """Of the point, and of the worst block of gradients; relative to the largest entry."""
     u = call(r.tensors)

@@ -5,8 +5,10 @@
     N3   the same horizon with a neural network (2 x 32, tanh) as dynamics, all of whose weights are parameters
     N4   128 bounded LQR problems, horizon 20, 8 states, 4 inputs; bounds 1e4 and 1 (A = I + 0.2 N, B, b = N)
 
-Reference points and gradients come from Newton's method on the KKT conditions and one dense solve, in torch, without
-this library. ``CasADi by hand`` is the model that one would write without any library: it has no backward pass. Run it
+Reference points and gradients come from Newton's method on the KKT conditions and one dense solve, in torch; on N4 the
+active bounds are first guessed from our own solution, and the signs of the multipliers checked. A contestant that ends in another local minimum shows an error of about 1 (sqpmethod does on N3).
+``CasADi by hand`` is the model that one would write without any library, as scalar expressions (SX) or as operations
+on whole horizons (MX); it has no backward pass. cvxpylayers has Clarabel on N4: SCS takes minutes. Run it
 as ``python benchmarks/nlp.py [N1 N2 N3 N4]`` where the peers are installed (``pip install pounce-solver cvxpylayers``,
 ``pip install --no-deps mpc``).
 """
@@ -15,43 +17,69 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import io
 import itertools
+import math
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import casadi as ca
 import numpy as np
 import torch
-from contest import OURS, Call, Contestant, Reference, Tensors, contest
+from contest import OURS, Call, Contestant, Reference, Tensors, contest, refined
 from rich.console import Console
 
 import ddn_solvers as ddn
 
 D = torch.float64
 STEPS, H = 30, 0.05
-Function = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+TOLERANCE = 1e-9  # of IPOPT and POUNCE; our own default
+ByHand = Callable[[Any, Any], tuple[Any, Any]]
 
 
 @dataclass(frozen=True)
 class Program:
-    """min f(z, p)  subject to  c(z, p) = 0, of flat vectors; the same again by hand, and where to start.
+    """A problem as declared, its parameters, and where to start; the same again by hand.
 
     Attributes:
-        by_hand: z and p as CasADi symbols -> f and c.
-        p: (B, parameters).
+        by_hand: name -> z and p as CasADi symbols, flat and in declared order, -> f and c; which form is the
+            faster one depends on the problem.
+        p: name -> (B, *shape).
+        start: (variables,).
     """
 
-    n: int
-    m: int
-    f: Function
-    c: Function
-    by_hand: Callable[[ca.SX, ca.SX], tuple[ca.SX, ca.SX]]
-    p: torch.Tensor
+    problem: ddn.Problem
+    by_hand: Mapping[str, ByHand]
+    p: dict[str, torch.Tensor]
     start: torch.Tensor
+
+    @property
+    def m(self) -> int:
+        return len(self.c(self.start, self.flat(self.p)[0]))
+
+    @staticmethod
+    def flat(p: Tensors) -> torch.Tensor:
+        return torch.cat([block.reshape(len(block), -1) for block in p.values()], 1)
+
+    def f(self, z: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+        return self._call(self.problem.objective, z, p)
+
+    def c(self, z: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+        rows = [self._call(h, z, p).reshape(-1) for h in self.problem.equality.values()]
+        return torch.cat(rows)
+
+    def _call(self, function: Callable[..., torch.Tensor], z: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+        known = unpacked(z, self.problem.variables) | unpacked(p, self.problem.parameters)
+        return function(**{name: known[name] for name in inspect.signature(function).parameters})
+
+
+def unpacked(flat: torch.Tensor, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    parts = flat.split([math.prod(shape) for shape in shapes.values()])
+    return {name: part.reshape(shape) for part, (name, shape) in zip(parts, shapes.items(), strict=True)}
 
 
 # -- N1 -----------------------------------------------------------------------------------------------
@@ -61,72 +89,90 @@ def sphere(n: int, batch: int = 32) -> Program:
     g = torch.Generator().manual_seed(n)
     x, y = (torch.randn(batch, n, generator=g, dtype=D) for _ in range(2))
 
-    def f(z: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-        x, y = p[:n], p[n:]
-        return (
-            (0.3 * z - x).exp().sum() + (1 + (z - y).square()).log().sum() + torch.linalg.vector_norm(z - y)
-        )
+    def objective(u: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        far = u - y
+        return (0.3 * u - x).exp().sum() + (1 + far.square()).log().sum() + torch.linalg.vector_norm(far)
 
     def by_hand(z: ca.SX, p: ca.SX) -> tuple[ca.SX, ca.SX]:
-        x, y = p[:n], p[n:]
+        x, y = p[:n], p[n : 2 * n]
         terms = ca.sum1(ca.exp(0.3 * z - x)) + ca.sum1(ca.log(1 + (z - y) ** 2))
-        return terms + ca.norm_2(z - y), ca.sumsqr(z) - 1
+        return terms + ca.norm_2(z - y), ca.sumsqr(z) - p[-1]
 
-    def c(z: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-        return z.square().sum(0, keepdim=True) - 1
-
-    start = torch.full((n,), n**-0.5, dtype=D)
-    return Program(n, 1, f, c, by_hand, torch.cat([x, y], dim=1), start)
+    problem = ddn.Problem(
+        {"u": (n,)}, {"x": (n,), "y": (n,), "r": ()}, objective, {"sphere": lambda u, r: u.square().sum() - r}
+    )
+    r = 0.5 + torch.rand(batch, generator=g, dtype=D)
+    return Program(problem, {"": by_hand}, {"x": x, "y": y, "r": r}, torch.full((n,), n**-0.5, dtype=D))
 
 
 # -- N2, N3 -------------------------------------------------------------------------------------------
 
 
-def _control(slopes: Function, slopes_by_hand: Any, p: torch.Tensor, start: torch.Tensor) -> Program:
-    """States (31, 4), forces (30,): the way to zero; p begins with the initial state and the two weights."""
-    n = 4 * (STEPS + 1)
+def _control(
+    dynamics: Callable[..., torch.Tensor], slopes: Any, model: Mapping[str, torch.Tensor]
+) -> Program:
+    """States (31, 4), forces (30, 1): the way to zero. ``dynamics`` takes the model's parameters by name."""
+    n, first = 4 * (STEPS + 1), torch.tensor([0.5, 0.6, 0.0, 0.0], dtype=D)
+    p = {"x": first, "q": torch.tensor(1.0, dtype=D), "r": torch.tensor(0.05, dtype=D), **model}
 
-    def f(z: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-        s, u = z[:n].reshape(-1, 4), z[n:]
-        return p[4] * s.square().sum() * H + p[5] * u.square().sum() * H + 10 * s[-1].square().sum()
+    def objective(s: torch.Tensor, u: torch.Tensor, q: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
+        return q * s.square().sum() * H + r * u.square().sum() * H + 10 * s[-1].square().sum()
 
-    def c(z: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-        s, u = z[:n].reshape(-1, 4), z[n:]
-        now, force = s[:-1], u[:, None]
-        middle = now + 0.5 * H * slopes(torch.cat([now, force], 1), p[6:])
-        after = now + H * slopes(torch.cat([middle, force], 1), p[6:])
-        return torch.cat([s[0] - p[:4], (s[1:] - after).reshape(-1)])
+    def step(s: Any, u: Any, p: Any) -> Any:
+        return s + H * slopes(s + 0.5 * H * slopes(s, u, p), u, p)
 
-    def by_hand(z: ca.SX, p: ca.SX) -> tuple[ca.SX, ca.SX]:
+    def cost(s: Any, u: Any, p: Any) -> Any:
+        return p[4] * ca.sumsqr(s) * H + p[5] * ca.sumsqr(u) * H + 10 * ca.sumsqr(s[:, -1])
+
+    def unrolled(z: ca.SX, p: ca.SX) -> tuple[ca.SX, ca.SX]:
         s, u = ca.reshape(z[:n], 4, STEPS + 1), z[n:]
-        rows = [s[:, 0] - p[:4]]
-        for t in range(STEPS):
-            middle = s[:, t] + 0.5 * H * slopes_by_hand(s[:, t], u[t], p[6:])
-            rows.append(s[:, t + 1] - s[:, t] - H * slopes_by_hand(middle, u[t], p[6:]))
-        cost = p[4] * ca.sumsqr(s) * H + p[5] * ca.sumsqr(u) * H + 10 * ca.sumsqr(s[:, -1])
-        return cost, ca.vertcat(*rows)
+        rows = [s[:, t + 1] - step(s[:, t], u[t], p[6:]) for t in range(STEPS)]
+        return cost(s, u, p), ca.vertcat(s[:, 0] - p[:4], *rows)
 
-    return Program(n + STEPS, n, f, c, by_hand, p[None], start)
+    def vectorised(z: ca.MX, p: ca.MX) -> tuple[ca.MX, ca.MX]:
+        s, u = ca.reshape(z[:n], 4, STEPS + 1), z[n:]
+        after = step(s[:, :-1], u.T, p[6:])
+        return cost(s, u, p), ca.vertcat(s[:, 0] - p[:4], ca.vec(s[:, 1:] - after))
+
+    problem = ddn.Problem(
+        {"s": (STEPS + 1, 4), "u": (STEPS, 1)},
+        {name: tuple(block.shape) for name, block in p.items()},
+        objective,
+        {"first": lambda s, x: s[0] - x, "dynamics": dynamics},
+    )
+    batched = {name: block[None] for name, block in p.items()}
+    return Program(problem, {", SX": unrolled, ", MX": vectorised}, batched, torch.zeros(n + STEPS, dtype=D))
+
+
+def _defects(s: torch.Tensor, u: torch.Tensor, slopes: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """Of the midpoint rule."""
+    now = s[:-1]
+    middle = now + 0.5 * H * slopes(torch.cat([now, u], 1))
+    return s[1:] - now - H * slopes(torch.cat([middle, u], 1))
 
 
 def cart_pole() -> Program:
-    def slopes(su: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-        _, angle, v, w, force = su.unbind(1)
-        cart, pole, length = p.unbind()
-        sin, cos = angle.sin(), angle.cos()
-        push = (force + pole * length * w.square() * sin) / (cart + pole)
-        turn = (9.81 * sin - cos * push) / (length * (4 / 3 - pole * cos.square() / (cart + pole)))
-        return torch.stack([v, w, push - pole * length * turn * cos / (cart + pole), turn], 1)
+    def dynamics(
+        s: torch.Tensor, u: torch.Tensor, cart: torch.Tensor, pole: torch.Tensor, length: torch.Tensor
+    ) -> torch.Tensor:
+        def slopes(su: torch.Tensor) -> torch.Tensor:
+            _, angle, v, w, force = su.unbind(1)
+            sin, cos = angle.sin(), angle.cos()
+            push = (force + pole * length * w.square() * sin) / (cart + pole)
+            turn = (9.81 * sin - cos * push) / (length * (4 / 3 - pole * cos.square() / (cart + pole)))
+            return torch.stack([v, w, push - pole * length * turn * cos / (cart + pole), turn], 1)
 
-    def by_hand(s: ca.SX, force: ca.SX, p: ca.SX) -> ca.SX:
+        return _defects(s, u, slopes)
+
+    def by_hand(s: Any, force: Any, p: Any) -> Any:
         cart, pole, length = p[0], p[1], p[2]
-        sin, cos, w = ca.sin(s[1]), ca.cos(s[1]), s[3]
+        sin, cos, v, w = ca.sin(s[1, :]), ca.cos(s[1, :]), s[2, :], s[3, :]
         push = (force + pole * length * w**2 * sin) / (cart + pole)
         turn = (9.81 * sin - cos * push) / (length * (4 / 3 - pole * cos**2 / (cart + pole)))
-        return ca.vertcat(s[2], w, push - pole * length * turn * cos / (cart + pole), turn)
+        return ca.vertcat(v, w, push - pole * length * turn * cos / (cart + pole), turn)
 
-    p = torch.tensor([0.5, 0.6, 0.0, 0.0, 1.0, 0.05, 1.0, 0.2, 0.5], dtype=D)
-    return _control(slopes, by_hand, p, torch.zeros(5 * STEPS + 4, dtype=D))
+    masses = {"cart": 1.0, "pole": 0.2, "length": 0.5}
+    return _control(dynamics, by_hand, {name: torch.tensor(v, dtype=D) for name, v in masses.items()})
 
 
 WIDTHS = (5, 32, 32, 4)
@@ -134,31 +180,36 @@ WIDTHS = (5, 32, 32, 4)
 
 def network() -> Program:
     g = torch.Generator().manual_seed(0)
-    shapes = [(b, a) for a, b in itertools.pairwise(WIDTHS)]
-    sizes = [k for b, a in shapes for k in (a * b, b)]
-    weights = torch.cat(
-        [torch.randn(k, generator=g, dtype=D) * (0.8 if i % 2 == 0 else 0.1) for i, k in enumerate(sizes)]
-    )
-    scale = torch.cat([torch.full((b * a + b,), a**-0.5, dtype=D) for b, a in shapes])
+    weights: dict[str, torch.Tensor] = {}
+    for k, (a, b) in enumerate(itertools.pairwise(WIDTHS)):
+        weights[f"W{k}"] = 0.8 * a**-0.5 * torch.randn(b, a, generator=g, dtype=D)
+        weights[f"b{k}"] = 0.1 * a**-0.5 * torch.randn(b, generator=g, dtype=D)
 
-    def slopes(su: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-        parts, out = p.split(sizes), su
-        for k, (b, a) in enumerate(shapes):
-            out = out @ parts[2 * k].reshape(b, a).T + parts[2 * k + 1]
-            out = out.tanh() if k < len(shapes) - 1 else out
-        return out
+    def dynamics(
+        s: torch.Tensor,
+        u: torch.Tensor,
+        W0: torch.Tensor,
+        b0: torch.Tensor,
+        W1: torch.Tensor,
+        b1: torch.Tensor,
+        W2: torch.Tensor,
+        b2: torch.Tensor,
+    ) -> torch.Tensor:
+        def slopes(su: torch.Tensor) -> torch.Tensor:
+            return ((su @ W0.T + b0).tanh() @ W1.T + b1).tanh() @ W2.T + b2
 
-    cuts = np.cumsum([0, *sizes]).tolist()
+        return _defects(s, u, slopes)
 
-    def by_hand(s: ca.SX, force: ca.SX, p: ca.SX) -> ca.SX:
+    cuts = np.cumsum([0, *(block.numel() for block in weights.values())]).tolist()
+
+    def by_hand(s: Any, force: Any, p: Any) -> Any:
         parts, out = ca.vertsplit(p, cuts), ca.vertcat(s, force)
-        for k, (b, a) in enumerate(shapes):
-            out = ca.reshape(parts[2 * k], a, b).T @ out + parts[2 * k + 1]
-            out = ca.tanh(out) if k < len(shapes) - 1 else out
+        for k, (a, b) in enumerate(itertools.pairwise(WIDTHS)):
+            out = ca.tanh(out) if k else out
+            out = ca.reshape(parts[2 * k], a, b).T @ out + ca.repmat(parts[2 * k + 1], 1, s.shape[1])
         return out
 
-    p = torch.cat([torch.tensor([0.5, 0.6, 0.0, 0.0, 1.0, 0.05], dtype=D), weights * scale])
-    return _control(slopes, by_hand, p, torch.zeros(5 * STEPS + 4, dtype=D))
+    return _control(dynamics, by_hand, weights)
 
 
 # -- contestants --------------------------------------------------------------------------------------
@@ -166,64 +217,82 @@ def network() -> Program:
 
 def ours(program: Program, solver: str = "auto", compiled: bool = True) -> Contestant:
     def make(_: Tensors) -> Call:
-        f, c = (program.f, program.c) if compiled else (_opaque(program.f), _opaque(program.c))
-        problem = ddn.Problem(
-            {"z": (program.n,)}, {"p": program.p.shape[1:]}, lambda z, p: f(z, p), lambda z, p: c(z, p)
-        )
+        declared, batch = program.problem, len(next(iter(program.p.values())))
+        problem = declared if compiled else replace(declared, objective=_opaque(declared.objective))
         layer = ddn.DeclarativeLayer(problem, solver=solver)
-        start = program.start.expand(len(program.p), -1)
-        return lambda t: layer.solve(p=t["p"], initial=start)["z"]
+        start = {
+            name: part.expand(batch, *part.shape)
+            for name, part in unpacked(program.start, declared.variables).items()
+        }
+
+        def call(t: Tensors) -> torch.Tensor:
+            return torch.cat([u.flatten(1) for u in layer.solve(**t, initial=start).primal.values()], 1)
+
+        return call
 
     return make
 
 
-def _opaque(function: Function) -> Function:
+def _opaque(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """The same with a branch on a value, which no graph shows."""
 
-    def called(z: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-        found = function(z, p)
+    @functools.wraps(function)
+    def called(*values: torch.Tensor, **by_name: torch.Tensor) -> torch.Tensor:
+        found = function(*values, **by_name)
         return found if found.sum() < torch.inf else 2 * found
 
     return called
 
 
 def pounce(program: Program) -> Contestant:
+    """Its sparse mode for the horizons; the loop over a batch is its own."""
+
     def make(t: Tensors) -> Call:
         from pounce.torch import TorchProblem
 
-        zero = np.zeros(program.m)
+        n, zero = len(program.start), np.zeros(program.m)
         engine = TorchProblem(
             f=program.f,
             g=program.c,
-            n=program.n,
+            n=n,
             m=program.m,
-            p_example=t["p"][0].detach().numpy(),
+            p_example=program.flat(t)[0].detach().numpy(),
             cl=zero,
             cu=zero,
-            options={"tol": 1e-10, "print_level": 0},
-            sparse=program.n > 100,
+            options={"tol": TOLERANCE, "print_level": 0},
+            sparse=n > 100,
         )
-        if len(t["p"]) == 1:
-            return lambda t: engine.solve(t["p"][0], program.start)[None]
-        return lambda t: engine.batched_solve(t["p"], program.start)
+
+        def call(t: Tensors) -> torch.Tensor:
+            p = program.flat(t)
+            if len(p) == 1:
+                return engine.solve(p[0], program.start)[None]
+            return engine.batched_solve(p, program.start)
+
+        return call
 
     return make
 
 
-def by_hand(program: Program) -> Contestant:
+def by_hand(program: Program, form: str) -> Contestant:
     """IPOPT with the derivatives that CasADi makes of the model, and the options of our own."""
 
     def make(_: Tensors) -> Call:
-        z, p = ca.SX.sym("z", program.n), ca.SX.sym("p", program.p.shape[1])
-        f, c = program.by_hand(z, p)
-        options = {"ipopt.print_level": 0, "print_time": False, "ipopt.sb": "yes", "ipopt.tol": 1e-9}
+        kind = ca.MX if "MX" in form else ca.SX
+        z = kind.sym("z", len(program.start))
+        p = kind.sym("p", program.flat(program.p).shape[1])
+        f, c = program.by_hand[form](z, p)
+        ipopt = {"print_level": 0, "sb": "yes", "bound_relax_factor": 0.0, "tol": TOLERANCE}
+        options = {f"ipopt.{name}": value for name, value in ipopt.items()}
+        options |= {"print_time": False, "calc_lam_p": False, "ipopt.constr_viol_tol": TOLERANCE}
         solver = ca.nlpsol("solver", "ipopt", {"x": z, "p": p, "f": f, "g": c}, options)
 
         def call(t: Tensors) -> torch.Tensor:
             rows = [
-                solver(x0=program.start.numpy(), p=row, lbg=0, ubg=0)["x"] for row in t["p"].detach().numpy()
+                solver(x0=program.start.numpy(), p=row, lbg=0, ubg=0)["x"].full()[:, 0]
+                for row in program.flat(t).detach().numpy()
             ]
-            return torch.from_numpy(np.stack([row.full()[:, 0] for row in rows]))
+            return torch.from_numpy(np.stack(rows))
 
         return call
 
@@ -236,7 +305,7 @@ def contestants(program: Program) -> Mapping[str, Contestant]:
         "ddn_solvers, sqpmethod": ours(program, "casadi:sqpmethod"),
         "torch callbacks in IPOPT": ours(program, "casadi:ipopt", compiled=False),
         "POUNCE": pounce(program),
-        "CasADi by hand, IPOPT": by_hand(program),
+        **{f"CasADi by hand{form}": by_hand(program, form) for form in program.by_hand},
     }
 
 
@@ -329,7 +398,7 @@ def mpc_pytorch(limit: float) -> Contestant:
     return make
 
 
-def cvxpylayers(limit: float) -> Contestant:
+def cvxpylayers(limit: float, **options: Any) -> Contestant:
     def make(_: Tensors) -> Call:
         import cvxpy as cp
         from cvxpylayers.torch import CvxpyLayer
@@ -339,7 +408,7 @@ def cvxpylayers(limit: float) -> Contestant:
         rows = [s[0] == x, *(s[t + 1] == A @ s[t] + B @ u[t] + b for t in range(T - 1)), cp.abs(u) <= limit]
         problem = cp.Problem(cp.Minimize(0.5 * (cp.sum_squares(u) + cp.sum_squares(s))), rows)
         layer = CvxpyLayer(problem, parameters=[A, B, b, x], variables=[u])
-        return lambda t: layer(t["A"], t["B"], t["b"], t["x"])[0].flatten(1)
+        return lambda t: layer(t["A"], t["B"], t["b"], t["x"], solver_args=options)[0].flatten(1)
 
     return make
 
@@ -349,7 +418,7 @@ def regulator_contestants(limit: float) -> Mapping[str, Contestant]:
         OURS: our_regulator(limit, condensed=False),
         "ddn_solvers, states eliminated": our_regulator(limit, condensed=True),
         "mpc.pytorch": mpc_pytorch(limit),
-        "cvxpylayers": cvxpylayers(limit),
+        "cvxpylayers, Clarabel": cvxpylayers(limit, solve_method="Clarabel"),
     }
 
 
@@ -379,12 +448,12 @@ def _regulated(
     C = torch.func.jacrev(c)(fixed, plain)
     K, count = _bordered(C[:, free]), int(free.sum())
     z, w = fixed.clone(), torch.zeros_like(fixed)
-    found = _refined(K, torch.cat([torch.zeros(count, dtype=D), -c(fixed, plain)]))
+    found = _solved(K, torch.cat([torch.zeros(count, dtype=D), -c(fixed, plain)]))
     z[free], y = found[:count], found[count:]
     push = -(z + C.T @ y)[:forces]
     assert (z[:forces].abs() <= limit * (1 + 1e-9)).all()
     assert (push * side >= 0).all()
-    found = _refined(K, torch.cat([v[side == 0], torch.zeros(2 * states, dtype=D)]))
+    found = _solved(K, torch.cat([v[side == 0], torch.zeros(2 * states, dtype=D)]))
     w[free], s = found[:count], found[count:]
     needing = tuple(t.detach().requires_grad_() for t in row)
     slope = torch.func.grad(lambda z: 0.5 * z @ z + y @ c(z, needing))(z)
@@ -397,33 +466,30 @@ def _bordered(C: torch.Tensor) -> torch.Tensor:
     return torch.cat([top, torch.cat([C, torch.zeros(len(C), len(C), dtype=D)], 1)])
 
 
-def _refined(K: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """With residuals in extended precision."""
-    factors, wide = torch.linalg.lu_factor(K), K.numpy().astype(np.longdouble)
-    x = torch.linalg.lu_solve(*factors, right[:, None])[:, 0]
-    for _ in range(3):
-        left = torch.from_numpy((right.numpy() - wide @ x.numpy()).astype(float))
-        x = x + torch.linalg.lu_solve(*factors, left[:, None])[:, 0]
-    return x
+def _solved(K: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(refined(K.numpy(), right.numpy()))
 
 
 # -- references of N1 to N3 -----------------------------------------------------------------------------
 
 
 def reference(program: Program) -> Reference:
-    tensors = {"p": program.p.clone().requires_grad_()}
-    near = by_hand(program)(tensors)(tensors)
+    """Of the minimum that IPOPT finds from the program's start; another one of the same problem is no error."""
+    tensors = {name: block.clone().requires_grad_() for name, block in program.p.items()}
+    near, p = by_hand(program, next(iter(program.by_hand)))(tensors)(tensors), program.flat(program.p)
     v = torch.randn(near.shape, generator=torch.Generator().manual_seed(3), dtype=D)
-    rows = [_exact(program, program.p[i], near[i], v[i]) for i in range(len(near))]
-    u, gradient = (torch.stack(part).numpy() for part in zip(*rows, strict=True))
-    return Reference(tensors, v, u, {"p": gradient})
+    rows = [_exact(program, p[i], near[i], v[i]) for i in range(len(near))]
+    u = torch.stack([point for point, _ in rows]).numpy()
+    blocks = [unpacked(gradient, program.problem.parameters) for _, gradient in rows]
+    gradients = {name: torch.stack([block[name] for block in blocks]).numpy() for name in tensors}
+    return Reference(tensors, v, u, gradients)
 
 
 def _exact(
     program: Program, p: torch.Tensor, z: torch.Tensor, v: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Point and gradient by Newton's method on the KKT conditions, and the adjoint of their linear system."""
-    n, needing = program.n, p.clone().requires_grad_()
+    n, needing = len(z), p.clone().requires_grad_()
 
     def conditions(zy: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
         force, pull = torch.func.vjp(lambda z: (program.f(z, p), program.c(z, p)), zy[:n])

@@ -3,10 +3,10 @@
     T1   64 problems, n = 50, 25 equalities, 50 inequalities
     T2   one problem, n = 200, 100 equalities, 200 inequalities
 
-One process, one thread, medians of calls that take turns (``contest.py``). Problems are built around a KKT point with a known active
-set; reference gradients solve its KKT system with residuals in extended precision. Errors are relative to the largest
-entry of a block, the worst block's is shown. Run it as ``python benchmarks/qp.py [T1 T2]`` where the peers are
-installed (``pip install moreau proxsuite cvxpylayers jaxopt libdqp``, ``pip install --no-deps qpth``).
+One process, one thread, medians of calls that take turns (``contest.py``). Problems are built around a KKT point with a
+known active set; reference gradients solve its KKT system with residuals in extended precision. Errors are relative to
+the largest entry of a block, the worst block's is shown. Run it as ``python benchmarks/qp.py [T1 T2]`` where the peers
+are installed (``pip install moreau proxsuite cvxpylayers jaxopt libdqp``, ``pip install --no-deps qpth``).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import warnings
 
 import numpy as np
 import torch
-from contest import Reference, contest
+from contest import Reference, contest, refined
 from peers import QP
 from rich.console import Console
 
@@ -61,22 +61,14 @@ def _exact(
         P, q, A, b, G, h = (data[name][i] for name in BLOCKS)
         rows = np.concatenate([A, G[active]])
         K = np.block([[P, rows.T], [rows, np.zeros((len(rows), len(rows)))]])
-        point = _refined(K, np.concatenate([-q, b, h[active]]))
-        w = _refined(K, np.concatenate([v[i], np.zeros(len(rows))]))
+        point = refined(K, np.concatenate([-q, b, h[active]]))
+        w = refined(K, np.concatenate([v[i], np.zeros(len(rows))]))
         u[i], y, (w, s) = point[:n], point[n:], (w[:n], w[n:])
         both, m = -(np.outer(y, w) + np.outer(s, u[i])), len(b)
         gradients["P"][i], gradients["q"][i] = -(np.outer(w, u[i]) + np.outer(u[i], w)) / 2, -w
         gradients["A"][i], gradients["b"][i] = both[:m], s[:m]
         gradients["G"][i][active], gradients["h"][i][active] = both[m:], s[m:]
     return u, gradients
-
-
-def _refined(K: np.ndarray, right: np.ndarray) -> np.ndarray:
-    inverse, wide = np.linalg.inv(K), K.astype(np.longdouble)
-    x = (inverse @ right).astype(np.longdouble)
-    for _ in range(4):
-        x += inverse @ (right - wide @ x).astype(float)
-    return x.astype(float)
 
 
 def main() -> None:

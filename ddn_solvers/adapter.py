@@ -371,16 +371,17 @@ class Batch:
     method: str
     options: Options = Options()
     warm_start: Sequence[Point | None] | None = None
-    known: Coefficients | None = field(
-        default=None, repr=False
-    )  # what ``coefficients`` returns, if it is known
+    known: Coefficients | None = field(default=None, repr=False)  # what ``coefficients`` returns
 
     def __len__(self) -> int:
         return len(self.initial)
 
     @cached_property
     def coefficients(self) -> Coefficients:
-        """Of an LP or QP, of all samples at once: gradient, constraints and matrices at z = 0."""
+        """Of an LP or QP, all samples at once: gradient, constraints and nonzeros of H and J at z = 0.
+
+        The library has them already; the patterns are ``program.hessian_pattern`` and ``program.jacobian_pattern``.
+        """
         return self.known or self.program.coefficients(self.parameters, len(self))
 
     def __getitem__(self, i: int) -> Instance:

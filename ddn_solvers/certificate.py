@@ -185,16 +185,16 @@ def certify(
 ) -> Certificate:
     """The certificate of a batch of verified points."""
     evaluation, active = verified.evaluation, verified.active
-    program = evaluation.program
+    program, here = evaluation.program, evaluation.tame()
     with np.errstate(all="ignore"):
         system = System(
-            evaluation.H.map(np.nan_to_num),
-            evaluation.regular_J.map(np.nan_to_num),
+            here.H,
+            here.regular_J,
             torch.from_numpy(active.constraints),
             torch.from_numpy(active.fixed),
             linear_solver=policy.linear_solver,
         )
-        bent = curvature(evaluation, active)
+        bent = curvature(here, active)
     one_sided = active.weak.any(axis=1)
     singular = system.singular.numpy()
     n, m = active.n, active.equalities
@@ -204,7 +204,7 @@ def certify(
         for masks in (
             (active.constraints, active.lower, active.upper),
             (weak, active.weak[:, -2 * n : -n], active.weak[:, -n:]),
-            dependent_rows(evaluation, active, bent),
+            dependent_rows(here, active, bent),
         )
     )
 
@@ -231,7 +231,7 @@ def certify(
         active=strongly,
         weakly_active=weakly,
         dependent=dependent,
-        null_space=_flat_directions(evaluation, bent),
+        null_space=_flat_directions(here, bent),
         policy=policy,
         distance=shaped(distance),
         reasons=verified.reasons,
@@ -265,8 +265,7 @@ def _flat_directions(evaluation: Evaluation, bent: Curvature) -> list[torch.Tens
     if not bent.null.shape[1]:  # too large for a basis, or regular: then there are none
         return [torch.zeros(evaluation.point.z.shape[1], 0, dtype=torch.float64) for _ in bent.null]
     bases = []
-    hessians = np.nan_to_num(evaluation.hessian)
-    for null, size, hessian, unit in zip(bent.null, bent.size, hessians, bent.unit, strict=True):
+    for null, size, hessian, unit in zip(bent.null, bent.size, evaluation.hessian, bent.unit, strict=True):
         basis = null[(null != 0).any(axis=1)].T  # (n, n - rank)
         values, vectors = np.linalg.eigh(basis.T @ (size[:, None] * hessian * size) @ basis / unit)
         flat = basis @ vectors[:, np.abs(values) < 10 / SINGULAR]

@@ -83,10 +83,7 @@ class Operation:
         # Of failed samples, which may be NaN, nothing is used.
         point = PrimalDual(*(np.nan_to_num(at[name]) for name in ("z", "y", "lower", "upper", "pieces")))
         parameters = tuple(block.numpy() for block in blocks)
-        lower, upper = (
-            np.ascontiguousarray(np.broadcast_to(side, point.z.shape)) for side in program.bounds(parameters)
-        )
-        evaluation = Evaluation.at(program, Bound(parameters, lower, upper), point)
+        evaluation = Evaluation.at(program, Bound.of(program, parameters, len(point.z)), point)
         unknown = np.full(len(point.z), np.nan)
         active = ActiveSet(at["sides"], at["weak"], unknown, program.equality.size, program.variables.size)
         status = tuple(Status.OPTIMAL if good else Status.NOT_A_KKT_POINT for good in at["converged"])

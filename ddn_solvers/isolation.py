@@ -73,8 +73,8 @@ class _Worker:
     def solve(self, adapter: Adapter, batch: Batch) -> list[Point]:
         program, limit = batch.program, batch.options.time_limit
         sent = program.memo("isolated", lambda: _Sent(uuid.uuid4().hex, _declaration(program)))
-        sent_too = [f.name for f in fields(batch) if f.name not in ("program", "known")]
-        arguments = {name: getattr(batch, name) for name in sent_too}
+        stays = ("program", "known")  # the worker has the one, and makes the other again
+        arguments = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name not in stays}
         job = _by_value((adapter, arguments), "the backend's adapter, or an option,")
         seconds = None if limit is None else limit * len(batch) + _LATE
         with self._lock:

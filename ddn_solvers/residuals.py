@@ -76,6 +76,16 @@ class Bound:
     upper: Array  # (B, n)
     coefficients: Coefficients | None = None  # of an LP or QP, if they are known already
 
+    @staticmethod
+    def of(program: Program, parameters: tuple[Array, ...], samples: int) -> Bound:
+        """Bounds evaluated, and of an LP or QP the coefficients."""
+        n = program.variables.size
+        lower, upper = (
+            np.ascontiguousarray(np.broadcast_to(side, (samples, n))) for side in program.bounds(parameters)
+        )
+        known = program.coefficients(parameters, samples) if program.quadratic else None
+        return Bound(parameters, lower, upper, known)
+
     def take(self, samples: Index | Sequence[int]) -> Bound:
         """Some samples, by index; of all of them, itself."""
         if np.array_equal(samples, np.arange(len(self.lower))):
@@ -117,6 +127,18 @@ class Evaluation:
         """The same points with other multipliers of the bounds, which no derivative depends on."""
         there = self.at_known(replace(self.point, lower=lower, upper=upper), self.first)
         there.__dict__.update({name: getattr(self, name) for name in ("J", "_second")})
+        return there
+
+    def tame(self) -> Evaluation:
+        """The same with zero derivatives in samples where some have no finite square: failed ones, that run off."""
+        with np.errstate(all="ignore"):
+            matrices = self._second.squared.nonzeros, self.J.squared.nonzeros
+            good = np.logical_and(*(np.isfinite(m.sum(axis=1)) for m in matrices))[:, None]
+        if good.all():
+            return self
+        first = replace(self.first, jacobian=np.where(good, self.first.jacobian, 0.0))
+        there = Evaluation(self.program, self.bound, self.point, first)
+        there.__dict__["_second"] = self._second.map(lambda values: np.where(good, values, 0.0))
         return there
 
     @property
@@ -344,7 +366,10 @@ class Evaluation:
     @cached_property
     def reach(self) -> Array:
         """|J_i w|: how much a constraint changes where the variables change by their sizes, (B, m)."""
-        reach: Array = np.sqrt(self.J.squared.times(self.size**2))
+        return self._reach(self.size)
+
+    def _reach(self, size: Array) -> Array:
+        reach: Array = np.sqrt(self.J.squared.times(size**2))
         return reach
 
     @cached_property
@@ -453,10 +478,7 @@ class Evaluation:
         With w instead, one variable that has run off to 1e20 would make any violation by the others look small.
         """
         m, q = self.program.equality.size, self.program.inequality.size
-        reach, kinks = (
-            np.maximum(values, _TINY)
-            for values in (np.sqrt(self.J.squared.times(self.own_size**2)), self._kink_norms)
-        )
+        reach, kinks = (np.maximum(units, _TINY) for units in (self._reach(self.own_size), self._kink_norms))
         units = np.concatenate([reach[:, m : m + q], kinks, self.own_size, self.own_size], axis=1)
         equality = np.abs(self.equality) / reach[:, :m]
         return np.maximum(_largest(equality), _largest(np.maximum(-self.slack, 0) / units))

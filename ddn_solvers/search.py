@@ -101,13 +101,9 @@ class Search:
     def _find(self, parameters: tuple[Array, ...]) -> Verified:
         program = self.program
         check_finite(program, parameters)
-        lower, upper = program.bounds(parameters)
         samples = max((len(p) for p in parameters if p.ndim == 2), default=self.samples)
-        lower, upper = (
-            np.ascontiguousarray(np.broadcast_to(s, (samples, s.shape[1]))) for s in (lower, upper)
-        )
-        known = program.coefficients(parameters, samples) if program.quadratic else None
-        bound = Bound(parameters, lower, upper, known)
+        bound = Bound.of(program, parameters, samples)
+        lower, upper = bound.lower, bound.upper
         given = self.start(Start.GIVEN, lower, upper)
         self._reset(samples)
         best = PrimalDual.resting(program, parameters, given.copy())
@@ -260,12 +256,7 @@ class Search:
         samples = np.flatnonzero(open_)
         if not samples.size:
             return
-        part = bound.take(samples)
-        with np.errstate(all="ignore"):
-            start = _with_multipliers(self.program, part, [points[i] for i in samples])
-        verified = verify(self.program, part, start, self.policy, self.dtype)
-        if len(samples) == len(self.status):
-            self.verified = verified
+        verified = self._verify([points[i] for i in samples], bound, samples)
         for k in np.flatnonzero(verified.optimal):
             i = samples[k]
             best.put(i, verified.evaluation.point, int(k))
@@ -276,12 +267,7 @@ class Search:
         self, route: Route, points: list[Point], bound: Bound, samples: Index, best: PrimalDual, open_: Mask
     ) -> None:
         """Verify what a backend returned; keep the better of old and new, close what is solved."""
-        part = bound.take(samples)
-        with np.errstate(all="ignore"):  # points of failed samples may be anything
-            start = _with_multipliers(self.program, part, points)
-        verified = verify(self.program, part, start, self.policy, self.dtype)
-        if len(samples) == len(self.status):
-            self.verified = verified
+        verified = self._verify(points, bound, samples)
         for k, i in enumerate(samples):
             solved = verified.status[k] is Status.OPTIMAL
             if not solved and self.backend[i]:
@@ -293,6 +279,15 @@ class Search:
             self.status[i], reason = _verdict(points[k], verified.status[k], verified.reasons[k])
             self.reasons[i] = "; ".join(text for text in (before, reason) if text)
             open_[i] = not (solved or self._proved(bound.take([int(i)]), best.z[i], self.status[i]))
+
+    def _verify(self, points: list[Point], bound: Bound, samples: Index) -> Verified:
+        part = bound.take(samples)
+        with np.errstate(all="ignore"):  # points of failed samples may be anything
+            start = _with_multipliers(self.program, part, points)
+        verified = verify(self.program, part, start, self.policy, self.dtype)
+        if len(samples) == len(self.status):
+            self.verified = verified
+        return verified
 
     def _proved(self, bound: Bound, z: Array, claim: Status) -> bool:
         """Whether a backend's claim that an LP or QP has no solution holds; then no other need be asked."""

@@ -301,8 +301,7 @@ class _Found:
         check_finite(program, blocks)
         samples = max((len(b) for b in blocks if b.ndim == 2), default=len(self.point))
         z = np.tile(self.point, (samples // max(len(self.point), 1), 1))
-        lower, upper = (np.broadcast_to(s, z.shape).copy() for s in program.bounds(blocks))
-        bound = Bound(blocks, lower, upper)
+        bound = Bound.of(program, blocks, samples)
         if self.dual is None:
             start = least_squares_multipliers(program, bound, z)
         else:

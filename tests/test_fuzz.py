@@ -307,8 +307,9 @@ def test_flat_directions_give_the_minimum_norm_derivative(known: Known, seed: in
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         gradient = sensitivity_at(known).vjp(cotangents)
-    # A null space is known to rounding over the gap beside it, whichever way it points.
-    assert_vjp(gradient, known, cotangents, references, floor=1.0)
+    # A null space is known to rounding over the gap beside it: with a wide one in every block, else in all together.
+    clear = all(one.condition < 1e5 for one in references)
+    assert_vjp(gradient, known, cotangents, references, floor=1e-3 if clear else 1.0)
     assert [w.category for w in caught] == [ddn.DegeneracyWarning] * bool((known.flat > 0).any())
 
 

@@ -1,8 +1,12 @@
 """The same call gives the same bits; a sample is the same alone and in any batch, in any thread or process."""
 
 import concurrent.futures as futures
+import gc
 import multiprocessing
+import sys
 import warnings
+import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -117,3 +121,27 @@ def test_data_loader_workers(method):
         )
         found = [torch.cat(parts) for parts in zip(*loader, strict=True)]
     assert agree(found, expected)
+
+
+def test_a_call_leaves_no_reference_cycle_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its arrays are freed with its solution, not when the garbage collector comes by: else each call gets cold memory."""
+    made: list[weakref.ref[Any]] = []
+    module = sys.modules["ddn_solvers.solve"]  # which the function of that name hides
+    plain = module.Search
+
+    def recorded(*arguments: Any, **options: Any) -> Any:
+        search = plain(*arguments, **options)
+        made.append(weakref.ref(search))
+        return search
+
+    monkeypatch.setattr(module, "Search", recorded)
+    for name in PROBLEMS:
+        call(name, "auto", X, V)
+    gc.disable()
+    try:
+        made.clear()
+        for name in PROBLEMS:
+            call(name, "auto", X, V)
+        assert [search() for search in made] == [None] * len(PROBLEMS)
+    finally:
+        gc.enable()

@@ -2,6 +2,7 @@
 
 import pickle
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -173,3 +174,41 @@ def test_a_layer_goes_back_to_the_last_good_point_of_a_sample(on_failure):
     kept = layer._previous["u"]
     assert torch.equal(kept[0], second["u"][0])
     assert torch.equal(kept[1], first["u"][1])
+
+
+def test_auto_goes_on_from_a_warm_start_by_newton_steps_where_they_reach_a_minimum() -> None:
+    """Nearby parameters need no backend; point and gradient are those of a cold call."""
+    x = torch.linspace(0.2, 1.2, 20, dtype=D).expand(3, 20).clone()
+
+    def objective(u: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return (u - x).exp().sum() + 0.5 * u.square().sum()
+
+    problem = ddn.Problem({"u": (20,)}, {"x": (20,)}, objective, inequality=lambda u: u.square().sum() - 0.5)
+    first = ddn.solve(problem, {"x": x})
+    moved = (x + 0.02 * x.cos()).requires_grad_()
+    warm, cold = ddn.solve(problem, {"x": moved}, warm_start=first), ddn.solve(problem, {"x": moved})
+    assert warm.stats.method == ("newton",) * 3
+    assert "newton" not in cold.stats.method
+    torch.testing.assert_close(warm["u"], cold["u"], rtol=0, atol=1e-12)
+    v = x.sin()
+    gradients = [torch.autograd.grad(s["u"], moved, v)[0] for s in (warm, cold)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-11)
+
+
+def test_newton_steps_that_lead_to_a_maximum_are_followed_by_a_backend() -> None:
+    """At u = 0 between two valleys the gradient vanishes."""
+    problem = ddn.Problem({"u": ()}, {"x": ()}, lambda u, x: (u.square() - x).square())
+    x = torch.tensor([1.0, 1.0], dtype=D)
+    first = ddn.solve(problem, {"x": x}, initial={"u": torch.tensor([0.5, 0.7], dtype=D)})
+    on_top = replace(first, primal={"u": torch.tensor([0.0, 1.01], dtype=D)})
+    s = ddn.solve(problem, {"x": x}, warm_start=on_top)
+    assert s.stats.method[0] != "newton"
+    assert s.stats.method[1] == "newton"
+    torch.testing.assert_close(s["u"].abs(), torch.ones(2, dtype=D), rtol=0, atol=1e-12)
+
+
+def test_a_qp_keeps_its_own_solver_when_warm_started() -> None:
+    problem = ddn.Problem({"u": (3,)}, {"x": (3,)}, lambda u, x: (u - x).square().sum(), bounds={"u": (0, 1)})
+    x = torch.tensor([0.5, -1.0, 2.0], dtype=D)
+    first = ddn.solve(problem, {"x": x})
+    assert ddn.solve(problem, {"x": x + 0.1}, warm_start=first).stats.method == first.stats.method

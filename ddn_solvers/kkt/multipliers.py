@@ -76,6 +76,8 @@ def _on_kinks(program: Program, bound: Bound, point: PrimalDual) -> Evaluation:
     if program.pieces is None:
         return evaluation
     near = evaluation.scaled_slack[:, kink_sides(evaluation)] <= _NEARLY_ON_KINK
+    if not near.any():
+        return evaluation
     pushed = point.y.copy()
     pushed[:, : program.constraints] = 1.0  # those of constraints may not be known yet
     on, loaded = (

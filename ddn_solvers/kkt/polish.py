@@ -137,8 +137,8 @@ def _newton_step(here: Evaluation, active: ActiveSet, system: System) -> _Step:
     )
     x, t = step.x.numpy(), step.t.numpy()
     z = np.where(active.fixed, target, here.point.z + x)
-    size, forces = np.abs(x / here.size).max(axis=1, initial=0.0), here.reach / here.force
-    change, force = (np.abs(v * forces).max(axis=1, initial=0.0) for v in (t, y))
+    size, unit = np.abs(x / here.size).max(axis=1, initial=0.0), here.reach / here.force
+    change, force = (np.abs(v * unit).max(axis=1, initial=0.0) for v in (t, y))
     rounding = (size <= _ROUNDING) & (change <= _ROUNDING * np.maximum(force, 1.0))
     rounding &= (~active.fixed | (here.point.z == target)).all(axis=1)  # at a bound is where it says
     return _Step(z, y + t, size, rounding & ~system.singular.numpy())

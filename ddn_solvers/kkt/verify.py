@@ -111,7 +111,7 @@ def verify(
         factored = nearby is not None and program.quadratic and nearby.convex
         if minimum and program.may_be_nonconvex and not factored and not surely_minimal(evaluation, active):
             finite = np.flatnonzero(np.isfinite(evaluation.scaled))
-            bent[finite] = curvature(evaluation.take(finite), active.take(finite)).negative
+            bent[finite] = curvature(evaluation.take(finite).tame(), active.take(finite)).negative
     status, reasons = [], []
     for i in range(len(start.z)):
         numbers = {
