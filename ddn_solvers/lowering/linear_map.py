@@ -19,6 +19,7 @@ from ddn_solvers.arrays import Array, Index
 
 _LARGEST = 200_000  # nonzeros and parameters up to which that is found out
 _TERMS = 4  # parameters in one nonzero beyond which CasADi is as fast
+_OPERATIONS = 16  # of one nonzero beyond which there are more terms, or none; told before any derivative is taken
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ def linear_map(nonzeros: ca.MX, parameters: Sequence[ca.MX], ones: Sequence[ca.M
     try:
         function = ca.Function("nonzeros", [*parameters, *ones], [nonzeros]).expand()
     except RuntimeError:  # depends on more than the parameters, or has operations that are not of scalars
+        return None
+    if function.n_instructions() > sum(sizes) + _OPERATIONS * count:
         return None
     inputs = [*symbols, *[ca.SX(1)] * len(ones)]
     values, stacked = ca.densify(ca.SX(function.call(inputs)[0])), ca.vertcat(ca.SX(0, 1), *symbols)

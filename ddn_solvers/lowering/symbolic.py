@@ -76,10 +76,7 @@ class SymbolicFunctions:
     @cached_property
     def hessian_matrix(self) -> ca.MX:
         """Of sigma f + y^T c, with ``self.sigma``."""
-        gradient = ca.gradient(self.sigma * self.f + ca.dot(self.y, self.c), self.z)
-        # To make use of symmetry saves directions where H is sparse; where it is dense, it takes minutes and saves none.
-        dense = ca.jacobian_sparsity(gradient, self.z).nnz() > _DENSE * self.z.numel() ** 2
-        return ca.jacobian(gradient, self.z, {"symmetric": not dense})
+        return _hessian(self.sigma * self.f + ca.dot(self.y, self.c), self.z)
 
     @cached_property
     def sigma(self) -> ca.MX:
@@ -111,7 +108,7 @@ class SymbolicFunctions:
 
     def constant_hessian(self) -> tuple[Pattern, np.ndarray[Any, Any]] | None:
         """The objective's Hessian, pattern and nonzeros, if it depends on nothing, else ``None``."""
-        hessian = ca.hessian(self.f, self.z)[0]
+        hessian = _hessian(self.f, self.z)
         if ca.depends_on(_nonzeros(hessian), ca.vertcat(self.z, *self.p)):
             return None
         constant = ca.Function("constant", [self.z, *self.p], [ca.densify(_nonzeros(hessian))])
@@ -202,6 +199,13 @@ class SymbolicFunctions:
 
 def _stack(columns: list[Any]) -> Any:
     return ca.vertcat(*columns) if columns else ca.MX(0, 1)
+
+
+def _hessian(f: ca.MX, z: ca.MX) -> ca.MX:
+    gradient = ca.gradient(f, z)
+    # To make use of symmetry saves directions where H is sparse; where it is dense, it takes minutes and saves none.
+    dense = ca.jacobian_sparsity(gradient, z).nnz() > _DENSE * z.numel() ** 2
+    return ca.jacobian(gradient, z, {"symmetric": not dense})
 
 
 def _nonzeros(matrix: Any) -> Any:
