@@ -471,6 +471,15 @@ def test_ties_among_what_a_maximum_passes_over_hold_nothing() -> None:
     assert (certificate.stationarity < 1e-9).all()
 
 
+def test_a_weakly_held_kink_that_is_left_is_left_to_the_side_of_its_force() -> None:
+    """Seven rows of condition 1e7: rounding of their multipliers left two, to the side where nothing balances."""
+    kinks = (("pinball", 5), ("deadzone", 6), ("pinball", 1))
+    known = build(Declaration(7, kinks), 200000, 1, "indefinite", weak=True)
+    certificate = sensitivity_at(known).certificate
+    assert certificate.one_sided.all()
+    assert (certificate.stationarity < 1e-9).all()
+
+
 def test_the_curvature_of_a_norm_near_its_zero_excuses_no_force() -> None:
     """SLSQP stops 7e-12 off the zero of a norm, whose curvature of 1e11 made forces of 0.8 look like none."""
     kinks = (("norm", 3), ("norm", 2), ("abs", 3))

@@ -98,7 +98,11 @@ def polish(program: Program, bound: Bound, start: PrimalDual, linear_solver: Any
             better = ~exact & (tried.scaled < before.scaled)
         corrected = _corrected(active, tried, system.singular.numpy())
         changed = (corrected.sides != active.sides).any(axis=1) & np.isfinite(tried.scaled) & ~exact
-        working = replace(working, sides=_put(working.sides, samples, corrected.sides, changed))
+        sides, weak = (
+            _put(getattr(working, name), samples, getattr(corrected, name), changed)
+            for name in ("sides", "weak")
+        )
+        working = replace(working, sides=sides, weak=weak)
         best = _put_evaluation(best, samples, tried, better)
         open_[samples] = changed | (better & (predicted[samples] > _CONVERGED))
     return Polished(best, predicted, singular, condition, whole, first, last)
@@ -169,7 +173,8 @@ def _corrected(active: ActiveSet, tried: Evaluation, singular: Mask) -> ActiveSe
     n = active.n
     fixed = fixed_by_bounds(tried)
     sides[:, -2 * n :] = np.where(np.tile(fixed, 2), active.sides[:, -2 * n :], sides[:, -2 * n :])
-    return replace(active, sides=sides)
+    left = active.sides & ~sides  # and no longer weak: what is weak and no side is a bend
+    return replace(active, sides=sides, weak=active.weak & ~left)
 
 
 def _put_evaluation(whole: Evaluation, samples: Index, part: Evaluation, accept: Mask) -> Evaluation:

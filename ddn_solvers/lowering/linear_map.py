@@ -19,7 +19,9 @@ from ddn_solvers.arrays import Array, Index
 
 _LARGEST = 200_000  # nonzeros and parameters up to which that is found out
 _TERMS = 4  # parameters in one nonzero beyond which CasADi is as fast
-_OPERATIONS = 16  # of one nonzero beyond which there are more terms, or none; told before any derivative is taken
+_OPERATIONS = (
+    16  # of one nonzero beyond which there are more terms, or none; told before any derivative is taken
+)
 
 
 @dataclass(frozen=True)
