@@ -373,6 +373,13 @@ class Batch:
     warm_start: Sequence[Point | None] | None = None
     known: Coefficients | None = field(default=None, repr=False)  # what ``coefficients`` returns
 
+    @staticmethod
+    def of(instance: Instance) -> Batch:
+        """One sample as a batch."""
+        warm = None if instance.warm_start is None else [instance.warm_start]
+        rows = (instance.lower[None], instance.upper[None], instance.initial[None])
+        return Batch(instance.program, instance.parameters, *rows, instance.method, instance.options, warm)
+
     def __len__(self) -> int:
         return len(self.initial)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import threading
 from collections.abc import Callable
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 
 from ddn_solvers.adapter import Adapter, Method
@@ -118,6 +119,7 @@ def _cannot(solver: str, lacking: str, program: Program) -> BackendCannotSolve:
     )
 
 
+@cache  # to look for them takes longer than to solve a small problem
 def _entry_points() -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=GROUP)}
 
@@ -125,6 +127,8 @@ def _entry_points() -> dict[str, EntryPoint]:
 def _load(name: str) -> Adapter:
     if name in _registered:
         return _registered[name]()
+    if name not in _entry_points():
+        _entry_points.cache_clear()  # it may have been installed since
     point = _entry_points().get(name)
     if point is None:
         raise BackendNotFound(f"no backend named {name!r}; there is: {', '.join(backends())}")

@@ -23,6 +23,9 @@ AUTO: Mapping[ProblemClass, tuple[str, ...]] = {
     ProblemClass.NLP: ("casadi:ipopt", "scipy:SLSQP"),
 }
 AUTO_SPARSE_QP = ("casadi:ipopt", "cvxpy:CLARABEL")  # DAQP's algebra is dense
+# Before those, on small problems with equality constraints alone: whole batches at a time, dense.
+AUTO_SMALL = "newton"
+_SMALL = 128  # variables and rows up to which it is the faster one
 AUTO_NONSMOOTH = ("cvxpy:CLARABEL", "casadi:ipopt", "scipy:SLSQP")
 
 
@@ -98,4 +101,15 @@ def _auto(program: Program) -> list[Route]:
     if program.quadratic:
         return found  # where one starts says nothing about where these end
     local = (r for r in found if Feature.NONCONVEX in r.method.features and r.form is Form.DECLARED)
-    return [*found, *(replace(route, start=Start.ANOTHER) for route in itertools.islice(local, 1))]
+    another = (replace(route, start=Start.ANOTHER) for route in itertools.islice(local, 1))
+    return [*_quick(program), *found, *another]
+
+
+def _quick(program: Program) -> list[Route]:
+    small = program.variables.size + program.constraints <= _SMALL
+    if not small or program.numbers.any() or not program.compiled:  # |u| most often ends on its kink
+        return []
+    try:
+        return [replace(_route(AUTO_SMALL, program), tentative=True)]
+    except BackendCannotSolve:
+        return []

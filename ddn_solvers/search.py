@@ -49,13 +49,18 @@ class Form(enum.Enum):
 
 @dataclass(frozen=True)
 class Route:
-    """One backend and method to try, the form of the problem that it gets, and where it begins."""
+    """One backend and method to try, the form of the problem that it gets, and where it begins.
+
+    Attributes:
+        tentative: Worth a try because it is quick; what it does not solve it has no verdict on.
+    """
 
     backend: str
     adapter: Adapter
     method: Method
     form: Form = Form.DECLARED
     start: Start = Start.GIVEN
+    tentative: bool = False
 
     def __str__(self) -> str:
         form, start = self.form.value, self.start.value
@@ -270,7 +275,7 @@ class Search:
         verified = self._verify(points, bound, samples)
         for k, i in enumerate(samples):
             solved = verified.status[k] is Status.OPTIMAL
-            if not solved and self.backend[i]:
+            if not solved and (self.backend[i] or route.tentative):
                 continue  # an earlier backend's verdict stands
             best.put(i, verified.evaluation.point, k)
             before = f"solved by {route}, after: {self.status[i].value}" if self.backend[i] else ""

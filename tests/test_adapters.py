@@ -29,6 +29,7 @@ CLASSES = {
     "casadi": ("ddn_adapters.casadi_", "CasADiAdapter"),
     "cvxpy": ("ddn_adapters.cvxpy_", "CVXPYAdapter"),
     "daqp": ("ddn_adapters.daqp_", "DAQPAdapter"),
+    "newton": ("ddn_adapters.newton_", "NewtonAdapter"),
 }
 ADAPTERS: dict[str, Adapter] = {
     backend: getattr(import_module(module), name)() for backend, (module, name) in CLASSES.items()
@@ -61,6 +62,10 @@ class TestCVXPY(AdapterConformance):
 
 class TestDAQP(AdapterConformance):
     adapter = ADAPTERS["daqp"]
+
+
+class TestNewton(AdapterConformance):
+    adapter = ADAPTERS["newton"]
 
 
 class Flipped(Adapter):

@@ -68,17 +68,7 @@ class DAQPAdapter(Adapter):
 
     def solve(self, instance: Instance) -> Point:
         """One sample, as a batch of one."""
-        rows = {name: getattr(instance, name)[None] for name in ("lower", "upper", "initial")}
-        warm = None if instance.warm_start is None else [instance.warm_start]
-        batch = Batch(
-            instance.program,
-            instance.parameters,
-            method=instance.method,
-            options=instance.options,
-            warm_start=warm,
-            **rows,
-        )
-        return self._solve_all(batch)[0]
+        return self._solve_all(Batch.of(instance))[0]
 
     def solve_batch(self, batch: Batch) -> list[Point]:
         """The coefficients of all samples at once, then one after the other."""
