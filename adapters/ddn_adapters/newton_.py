@@ -210,7 +210,9 @@ class _Iterates:
                 back = _solution(K, np.concatenate([np.zeros_like(step), -c], axis=1))[:, : step.shape[1]]
                 lower = ~accepted & (self._merit(tried + back)[0] <= limit)
                 z[lower], accepted = (tried + back)[lower], accepted | lower
-            share = np.where(accepted, 1.0, share / 2)
+            parabola = -slope * share**2 / (2 * (there - merit - slope * share))  # its lowest point
+            shorter = np.clip(np.nan_to_num(parabola), 0.1 * share, 0.5 * share)
+            share = np.where(accepted, 1.0, shorter)
             limit = merit + _SUFFICIENT * share * slope
 
     def _merit(self, z: Array) -> tuple[Array, Array]:

@@ -96,7 +96,7 @@ def _fitted(evaluation: Evaluation, near: Mask, equality: Mask) -> PrimalDual:
     equalities, q, n = program.equality.size, program.inequality.size, program.variables.size
     y, bounds = point.y.copy(), (point.lower.copy(), point.upper.copy())
     kinks = near.shape[1] - q - 2 * n
-    for i in range(len(point.z)):
+    for i in np.flatnonzero(near.any(axis=1) | equality.any()):
         inequality, kink, lower, upper = (
             np.flatnonzero(part) for part in np.split(near[i], [q, q + kinks, q + kinks + n])
         )
