@@ -234,6 +234,8 @@ def test_auto_is_sparse_only_for_large_and_sparse_patterns() -> None:
     assert chosen(1000, 1) is SparseLU
     assert chosen(1000, 100) is not SparseLU
     assert chosen(100, 1) is not SparseLU
+    assert chosen(300, 5) is SparseLU  # 4 % of the entries, but next to the diagonal
+    assert chosen(300, 20) is not SparseLU
 
 
 @pytest.mark.parametrize("lowest", [-1e-3, -1e-6, 1e-6, 1.0])

@@ -102,7 +102,7 @@ def _fitted(evaluation: Evaluation, near: Mask, equality: Mask) -> PrimalDual:
         )
         free = np.concatenate([np.flatnonzero(equality), equalities + q + kink])
         signed = equalities + inequality
-        columns = _columns(evaluation, i, np.concatenate([free, signed]), lower, upper)
+        columns = _columns(evaluation, int(i), np.concatenate([free, signed]), lower, upper)
         unit = 1 / _norms(columns)
         weights, norms = evaluation.kink_weights[i, kink], evaluation.row_norms[i, equalities + q + kink]
         unit[len(free) - len(kink) : len(free)] = _kink_units(weights, norms)

@@ -275,9 +275,12 @@ class _Frame:
         return sp.csc_array((values, number[self.rows[inside]], indptr), shape=(count, count))
 
 
-# Measured on one core: SuperLU beats dense LU from here on, on random patterns as on banded ones.
+# Measured on one core: SuperLU beats dense LU from here on, on random patterns as on banded ones,
 _LARGE = 200  # unknowns
 _SPARSE = 0.02  # nonzeros over entries of the bordered matrix
+_NARROW = (
+    1e-3  # or on narrow ones, as those of a horizon: work inside of the envelope over that of a dense matrix
+)
 
 # Singular samples are taken apart by dense singular values as long as that takes a second at most.
 DENSE_LIMIT: Final = 1000  # variables
@@ -287,6 +290,27 @@ def large_and_sparse(hessian: Pattern, jacobian: Pattern) -> bool:
     """Whether sparse algebra is the better one for a problem with these patterns."""
     size = sum(jacobian.shape)
     return size >= _LARGE and hessian.nnz + 2 * jacobian.nnz <= _SPARSE * size**2
+
+
+def factored_sparsely(hessian: Pattern, jacobian: Pattern) -> bool:
+    """Whether a sparse factorization of the bordered matrix is the better one, whatever the rest of the algebra is."""
+    size = sum(jacobian.shape)
+    return large_and_sparse(hessian, jacobian) or (size >= _LARGE and _envelope(hessian, jacobian) <= _NARROW)
+
+
+@lru_cache(maxsize=32)
+def _envelope(hessian: Pattern, border: Pattern) -> float:
+    """Squares of the widths left of K's diagonal over size^3, in the order of Cuthill and McKee (1969)."""
+    import scipy.sparse as sp
+    from scipy.sparse.csgraph import reverse_cuthill_mckee
+
+    frame = _frame(hessian, border)
+    K = sp.csr_matrix((np.ones(len(frame.rows)), frame.rows, frame.indptr), shape=(frame.size, frame.size))
+    place = np.empty(frame.size, dtype=np.intp)
+    place[reverse_cuthill_mckee(K, symmetric_mode=True)] = np.arange(frame.size)
+    widths = np.zeros(frame.size)
+    np.maximum.at(widths, place[frame.rows], place[frame.rows] - place[frame.columns])
+    return float((widths**2).sum() / frame.size**3)
 
 
 @lru_cache(maxsize=32)

@@ -39,7 +39,7 @@ from ddn_solvers.kkt.linear import (
     equilibrate,
     without_symmetry,
 )
-from ddn_solvers.kkt.operator import DENSE_LIMIT, Bordered, Dense, Operator, Sparse, large_and_sparse
+from ddn_solvers.kkt.operator import DENSE_LIMIT, Bordered, Dense, Operator, Sparse, factored_sparsely
 from ddn_solvers.lowering.pattern import Matrices
 
 _REFINEMENTS = 4
@@ -301,7 +301,7 @@ def _solver(choice: Any, transformed: bool, hessian: Any, jacobian: Any) -> Line
     if transformed:
         return DenseInverse()
     if choice == "auto":
-        sparse = isinstance(hessian, Matrices) and large_and_sparse(hessian.pattern, jacobian.pattern)
+        sparse = isinstance(hessian, Matrices) and factored_sparsely(hessian.pattern, jacobian.pattern)
         if sparse:
             return SparseLU()
         batch = len(hessian) if isinstance(hessian, (torch.Tensor, Matrices)) else 1
