@@ -61,10 +61,10 @@ class PrimalDual:
     def take(self, samples: Any) -> PrimalDual:
         return PrimalDual(**{name: values[samples] for name, values in vars(self).items()})
 
-    def put(self, sample: int, other: PrimalDual, source: int) -> None:
-        """Overwrite one sample by sample ``source`` of another batch."""
+    def put(self, samples: Any, other: PrimalDual, sources: Any) -> None:
+        """Overwrite a sample, or some, by samples ``sources`` of another batch."""
         for name, values in vars(self).items():
-            values[sample] = getattr(other, name)[source]
+            values[samples] = getattr(other, name)[sources]
 
 
 @dataclass(frozen=True)

@@ -273,17 +273,20 @@ class Search:
     ) -> None:
         """Verify what a backend returned; keep the better of old and new, close what is solved."""
         verified = self._verify(points, bound, samples)
+        taken = []
         for k, i in enumerate(samples):
             solved = verified.status[k] is Status.OPTIMAL
             if not solved and (self.backend[i] or route.tentative):
                 continue  # an earlier backend's verdict stands
-            best.put(i, verified.evaluation.point, k)
+            taken.append(k)
             before = f"solved by {route}, after: {self.status[i].value}" if self.backend[i] else ""
             self.backend[i], self.method[i] = route.backend, route.method.name
             self.iterations[i] = points[k].iterations
             self.status[i], reason = _verdict(points[k], verified.status[k], verified.reasons[k])
             self.reasons[i] = "; ".join(text for text in (before, reason) if text)
-            open_[i] = not (solved or self._proved(bound.take([int(i)]), best.z[i], self.status[i]))
+            z = verified.evaluation.point.z[k]
+            open_[i] = not (solved or self._proved(bound.take([int(i)]), z, self.status[i]))
+        best.put(samples[taken], verified.evaluation.point, taken)
 
     def _verify(self, points: list[Point], bound: Bound, samples: Index) -> Verified:
         part = bound.take(samples)
@@ -376,11 +379,9 @@ def _with_multipliers(program: Program, bound: Bound, points: list[Point]) -> Pr
     start = PrimalDual.resting(program, bound.parameters, z)
     if program.degree("objective") == 0:  # feasibility: nothing pushes against the constraints
         return start
-    given = [_stacked_multipliers(program, point) for point in points]
-    missing = np.array([g is None for g in given], dtype=bool)
-    for i, multipliers in enumerate(given):
-        if multipliers is not None:
-            start.y[i, : program.constraints], start.lower[i], start.upper[i] = multipliers
+    (equality, inequality, lower, upper), missing = _given_multipliers(program, points)
+    start.y[:, : program.constraints] = np.concatenate([equality, inequality], axis=1)
+    start = replace(start, lower=lower, upper=upper)
     start = with_kink_forces(program, bound, start)
     if missing.any():
         without = np.flatnonzero(missing)
@@ -390,18 +391,20 @@ def _with_multipliers(program: Program, bound: Bound, points: list[Point]) -> Pr
     return start
 
 
-def _stacked_multipliers(program: Program, point: Point) -> tuple[Array, Array, Array] | None:
-    n = program.variables.size
-    parts = []
-    for values, size, needed in (
-        (point.equality, program.equality.size, True),
-        (point.inequality, program.inequality.size, True),
-        (point.lower, n, Feature.BOUNDS in program.features),
-        (point.upper, n, Feature.BOUNDS in program.features),
+def _given_multipliers(program: Program, points: list[Point]) -> tuple[list[Array], Mask]:
+    """Of equalities, inequalities, lower and upper bounds, (B, size) each, and who lacks some, (B,); zero there."""
+    n, bounded = program.variables.size, Feature.BOUNDS in program.features
+    parts, missing = [], np.zeros(len(points), dtype=bool)
+    for name, size, needed in (
+        ("equality", program.equality.size, True),
+        ("inequality", program.inequality.size, True),
+        ("lower", n, bounded),
+        ("upper", n, bounded),
     ):
-        if values is None and (size and needed):
-            return None
-        parts.append(np.zeros(size) if values is None else np.asarray(values, dtype=float).reshape(size))
-    if not all(np.isfinite(part).all() for part in parts):
-        return None
-    return np.concatenate(parts[:2]), parts[2], parts[3]
+        values, zero = [getattr(point, name) for point in points], np.zeros(size)
+        rows = [zero if value is None else np.reshape(value, size) for value in values]
+        parts.append(np.array(rows, dtype=float).reshape(len(points), size))
+        if size and needed:
+            missing |= np.array([value is None for value in values], dtype=bool)
+        missing |= ~np.isfinite(parts[-1]).all(axis=1)
+    return [np.where(missing[:, None], 0.0, part) for part in parts], missing

@@ -121,17 +121,15 @@ class DAQPAdapter(Adapter):
 
     def _point(self, found: tuple[Any, ...], m: int, n: int, initial: Array) -> Point:
         z, _, flag, info = found
-        multipliers = np.asarray(info["lam"], dtype=float)
-        status = _STATUS.get(int(flag), Status.NUMERICAL_ERROR)
-        good = np.isfinite(z).all() and np.isfinite(multipliers).all()
+        multipliers, finite = np.asarray(info["lam"], dtype=float), np.isfinite(z).all()
         return Point(
-            np.asarray(z, dtype=float) if good else initial,
-            status if good or status is not Status.OPTIMAL else Status.NUMERICAL_ERROR,
-            equality=multipliers[n : n + m] if good else None,
-            inequality=multipliers[n + m :] if good else None,
+            np.asarray(z, dtype=float) if finite else initial,
+            _STATUS.get(int(flag), Status.NUMERICAL_ERROR) if finite else Status.NUMERICAL_ERROR,
+            equality=multipliers[n : n + m],
+            inequality=multipliers[n + m :],
             iterations=int(info["iterations"]),
             message=f"daqp: {int(flag)}",
-            **(bound_multipliers(multipliers[:n]) if good else {}),
+            **bound_multipliers(multipliers[:n]),
         )
 
 

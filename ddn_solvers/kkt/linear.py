@@ -94,10 +94,14 @@ class Schur(LinearSolver):
     refine = True
 
     def init(self, K: Bordered) -> Any:
-        H, A = K.hessian.dense() + torch.diag_embed(K.diagonal[:, : K.n]), K.border.dense()
+        H, A, d = K.hessian.dense(), K.border.dense(), K.diagonal
+        if bool(d[:, : K.n].any()):
+            H = H + torch.diag_embed(d[:, : K.n])
         L, failed = torch.linalg.cholesky_ex(H)
         W = torch.linalg.solve_triangular(L, A.mT, upper=False)
-        R, failed_too = torch.linalg.cholesky_ex(W.mT @ W + torch.diag_embed(K.diagonal[:, K.n :].abs()))
+        S = W.mT @ W
+        S.diagonal(dim1=1, dim2=2).add_(d[:, K.n :].abs())
+        R, failed_too = torch.linalg.cholesky_ex(S)
         good = (failed == 0) & (failed_too == 0) & _balanced(L) & _balanced(R)
         others = (~good).nonzero()[:, 0]
         lu = DenseLU()

@@ -112,19 +112,22 @@ def verify(
         if minimum and program.may_be_nonconvex and not factored and not surely_minimal(evaluation, active):
             finite = np.flatnonzero(np.isfinite(evaluation.scaled))
             bent[finite] = curvature(evaluation.take(finite).tame(), active.take(finite)).negative
-    status, reasons = [], []
-    for i in range(len(start.z)):
-        numbers = {
-            "feasibility": feasibility[i],
-            "complementarity": complementarity[i],
-            "stationarity": stationarity[i] if decides[i] else 0.0,
-            "predicted Newton step": 0.0 if polished.singular[i] else predicted[i],
-        }
-        verdict, reason = _judge(
-            numbers, evaluation.first.objective[i], kinks[i], program.kinks, bool(bent[i]), policy.accuracy
+    numbers = {
+        "feasibility": feasibility,
+        "complementarity": complementarity,
+        "stationarity": np.where(decides, stationarity, 0.0),
+        "predicted Newton step": np.where(polished.singular, 0.0, predicted),
+    }
+    objective, batch = evaluation.first.objective, len(start.z)
+    with np.errstate(invalid="ignore"):
+        good = (np.stack(list(numbers.values())) <= policy.accuracy).all(axis=0) & np.isfinite(objective)
+    good &= ~bent & ~(kinks <= _ON_KINK).any(axis=1)
+    status, reasons = [Status.OPTIMAL] * batch, [""] * batch
+    for i in np.flatnonzero(~good):
+        one = {name: values[i] for name, values in numbers.items()}
+        status[i], reasons[i] = _judge(
+            one, objective[i], kinks[i], program.kinks, bool(bent[i]), policy.accuracy
         )
-        status.append(verdict)
-        reasons.append(reason)
     return Verified(evaluation, active, singular, condition, tuple(status), tuple(reasons), nearby)
 
 
