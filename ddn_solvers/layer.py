@@ -124,11 +124,12 @@ class DeclarativeLayer(torch.nn.Module):
         return solution
 
     @uncompiled
-    def profile(self, *parameters: Any, repeats: int = 20, **by_name: Any) -> Profile:
+    def profile(self, *parameters: Any, repeats: int = 20, initial: Any = None, **by_name: Any) -> Profile:
         """Where the time of a call and its backward goes; parameters as in a call.
 
         Args:
             repeats: Calls, after a first one, of which medians are taken.
+            initial: As in ``solve``.
 
         Raises:
             ProblemError, SolveError: As a call.
@@ -139,7 +140,7 @@ class DeclarativeLayer(torch.nn.Module):
             for name, value in values.items()
             if isinstance(value, torch.Tensor) and value.is_floating_point()
         }
-        return profile(lambda: self.solve(**{**values, **inputs}), inputs, repeats)
+        return profile(lambda: self.solve(initial=initial, **{**values, **inputs}), inputs, repeats)
 
     def _by_name(self, parameters: tuple[Any, ...], by_name: dict[str, Any]) -> dict[str, Any]:
         declared = list(self.problem.parameters)

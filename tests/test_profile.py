@@ -34,6 +34,12 @@ def test_a_layer_without_parameters_has_no_backward():
     assert layer.profile(repeats=1).total > 0
 
 
+def test_calls_that_are_measured_begin_where_they_are_told_to():
+    problem = ddn.Problem({"u": (2,)}, {"r": ()}, lambda u: u.sum(), lambda u, r: u.square().sum() - r)
+    layer = ddn.DeclarativeLayer(problem, solver="newton")  # at zero it has no direction
+    assert layer.profile(r=torch.tensor(1.0), initial={"u": -torch.ones(2)}, repeats=1).total > 0
+
+
 def test_phases_of_a_solve():
     solution = ddn.solve(ddn.Problem({"u": ()}, {}, lambda u: (u - 1) ** 2), {})
     phases = solution.stats.phases
