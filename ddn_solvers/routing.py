@@ -111,5 +111,5 @@ def _quick(program: Program) -> list[Route]:
         return []
     try:
         return [replace(_route(AUTO_SMALL, program), tentative=True)]
-    except BackendCannotSolve:
+    except (BackendCannotSolve, BackendNotFound, BackendNotInstalled):
         return []

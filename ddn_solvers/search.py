@@ -167,8 +167,13 @@ class Search:
 
         Those of an LP or QP at last on scaled variables.
         """
-        given = [route for route in self.routes if route.start is Start.GIVEN]
-        rest = [route for route in self.routes if route.start is not Start.GIVEN]
+        routes = self.routes
+        if (
+            self.options.native
+        ):  # they are for a backend that has to be asked, and not for one that need not be
+            routes = [route for route in routes if not route.tentative]
+        given = [route for route in routes if route.start is Start.GIVEN]
+        rest = [route for route in routes if route.start is not Start.GIVEN]
         if self.initial is not None or self.warm_start is not None:
             rest = [*(replace(route, start=Start.FRESH) for route in given), *rest]
         if self.program.quadratic:

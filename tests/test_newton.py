@@ -63,11 +63,11 @@ def test_steps_along_a_curved_constraint_are_not_cut() -> None:
         objective=lambda u, t: 2 * (u.square().sum() - 1) - t * u[0],
         equality=lambda u: u.square().sum() - 1,
     )
-    angle = torch.tensor([0.3, 1.0, 2.0], dtype=D)
+    angle = torch.tensor([0.3, 1.0, -0.7], dtype=D)
     begin = {"u": torch.stack([angle.cos(), angle.sin()], 1)}
     solution = ddn.solve(problem, {"t": torch.ones(3, dtype=D)}, solver="newton", initial=begin)
     torch.testing.assert_close(solution["u"], torch.tensor([[1.0, 0.0]], dtype=D).expand(3, 2))
-    assert max(n or 0 for n in solution.stats.iterations) <= 12
+    assert max(n or 0 for n in solution.stats.iterations) <= 10
 
 
 def test_negative_curvature_is_left_for_a_minimum() -> None:
@@ -85,14 +85,17 @@ def test_negative_curvature_is_left_for_a_minimum() -> None:
 
 
 def test_what_it_cannot_solve_is_left_to_others_and_it_has_no_verdict() -> None:
-    """At zero the sphere has no tangent, and a Newton step no direction: IPOPT takes that sample alone."""
-    begin = start(3)["u"].clone()
-    begin[1] = 0.0
-    solution = ddn.solve(SPHERE, inputs(3), initial={"u": begin})
+    """Along Rosenbrock's valley in forty dimensions it does not get to the end: IPOPT takes those samples alone."""
+
+    def objective(u: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return (100 * (u[1:] - u[:-1] ** 2) ** 2 + (x - u[:-1]) ** 2).sum()
+
+    problem = ddn.Problem({"u": (40,)}, {"x": ()}, objective)
+    solution = ddn.solve(problem, {"x": torch.tensor([0.0, 1.0, 0.0], dtype=D)})
     assert solution.stats.backend == ("newton", "casadi", "newton")
+    torch.testing.assert_close(solution["u"][1], torch.ones(40, dtype=D))
     assert solution.converged.all()
-    expected = ddn.solve(SPHERE, inputs(3), solver="casadi:ipopt", initial=start(3))
-    torch.testing.assert_close(solution["u"], expected["u"])
+    assert solution.stats.message[1] == ""
 
 
 def test_an_unbounded_and_an_infeasible_problem_are_named_by_others() -> None:
@@ -131,3 +134,53 @@ def test_dependent_rows_do_not_stop_it() -> None:
     with pytest.warns(ddn.DegeneracyWarning):
         (gradient,) = torch.autograd.grad(solution["u"][0], x)
     torch.testing.assert_close(gradient, torch.tensor([2.0, -1.0, -1.0], dtype=D) / 3)
+
+
+def test_a_sample_that_searches_longer_has_no_other_point_for_it() -> None:
+    """Near zero the first of these takes no part of its step; the second makes the search go on."""
+
+    def objective(u: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        far = u + 0.5e-12 * u**2 + 1e-30 * (1 - u**2).sqrt()
+        near = 0.5 * u**2 - 1e-10 * torch.tanh(u / 1e-10)
+        return (x * far + (1 - x) * near).sum()
+
+    problem = ddn.Problem({"u": (1,)}, {"x": ()}, objective)
+    found = [
+        ddn.solve(problem, {"x": torch.tensor(x, dtype=D)}, solver="newton", policy=ddn.Policy("mask"))
+        for x in ([1.0], [1.0, 0.0])
+    ]
+    torch.testing.assert_close(found[0]["u"][0], found[1]["u"][0], equal_nan=True)
+    assert found[0].stats.iterations[0] == found[1].stats.iterations[0]
+
+
+def test_a_start_in_the_middle_of_a_sphere_is_left() -> None:
+    solution = ddn.solve(SPHERE, inputs(5), solver="newton")
+    assert solution.converged.all()
+
+
+def test_native_options_are_for_the_others() -> None:
+    problem = ddn.Problem({"u": (2,)}, {"x": (2,)}, lambda u, x: (u - x).exp().sum() - u.sum())
+    x = {"x": torch.ones(2, dtype=D)}
+    solution = ddn.solve(problem, x, options={"ipopt.mu_strategy": "adaptive"})
+    assert solution.stats.backend == ("casadi",)
+    with pytest.raises(ddn.ProblemError, match=r"'penalty' is not one that newton:line-search accepts"):
+        ddn.solve(problem, x, solver="newton", options={"penalty": 1.0})
+
+
+def test_a_time_limit_leaves_the_steps_taken_by_then() -> None:
+    solution = ddn.solve(
+        SPHERE, inputs(3), solver="newton", options={"time_limit": 1e-9}, policy=ddn.Policy("mask")
+    )
+    assert {status.name for status in solution.status} == {"TIME_LIMIT"}
+    assert solution.stats.iterations == (0, 0, 0)
+
+
+def test_minima_are_those_of_the_valley_in_which_it_starts() -> None:
+    """Of ten sines: steps with too little added to negative curvature ended in other, worse ones."""
+    problem = ddn.Problem(
+        {"u": (10,)}, {"x": (10,)}, lambda u, x: (3 * u + x).sin().sum() + 0.05 * u.square().sum()
+    )
+    x = {"x": 2 * torch.randn(40, 10, generator=torch.Generator().manual_seed(0), dtype=D)}
+    ours, other = (ddn.solve(problem, x, solver=solver) for solver in ("newton", "casadi:ipopt"))
+    assert ours.converged.all()
+    assert (ours.objective - other.objective).mean() < 0.1

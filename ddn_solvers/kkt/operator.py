@@ -278,9 +278,7 @@ class _Frame:
 # Measured on one core: SuperLU beats dense LU from here on, on random patterns as on banded ones,
 _LARGE = 200  # unknowns
 _SPARSE = 0.02  # nonzeros over entries of the bordered matrix
-_NARROW = (
-    1e-3  # or on narrow ones, as those of a horizon: work inside of the envelope over that of a dense matrix
-)
+_NARROW = 1e-3  # or on narrow ones, as those of a horizon: squares of the envelope's widths over size^3, 1/3 if full
 
 # Singular samples are taken apart by dense singular values as long as that takes a second at most.
 DENSE_LIMIT: Final = 1000  # variables
@@ -294,8 +292,12 @@ def large_and_sparse(hessian: Pattern, jacobian: Pattern) -> bool:
 
 def factored_sparsely(hessian: Pattern, jacobian: Pattern) -> bool:
     """Whether a sparse factorization of the bordered matrix is the better one, whatever the rest of the algebra is."""
-    size = sum(jacobian.shape)
-    return large_and_sparse(hessian, jacobian) or (size >= _LARGE and _envelope(hessian, jacobian) <= _NARROW)
+    size, nonzeros = sum(jacobian.shape), hessian.nnz + 2 * jacobian.nnz
+    if large_and_sparse(hessian, jacobian):
+        return True
+    # No envelope is narrow that has to hold more (by Cauchy and Schwarz, the widths adding up to half of them).
+    few = nonzeros - size <= 2 * _NARROW**0.5 * size**2
+    return size >= _LARGE and few and _envelope(hessian, jacobian) <= _NARROW
 
 
 @lru_cache(maxsize=32)
