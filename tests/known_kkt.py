@@ -714,6 +714,8 @@ REGULAR = (
         _MIXED, "quartic", (Block("exponential", (2,)),), (Block("norm", ()),), ("cap", "upper", "free")
     ),
     Declaration(_vector(3), "log"),
+    Declaration(_vector(10), "exp", (Block("linear", (3,)),)),
+    Declaration(_MATRIX, "hyperbola"),
 )
 
 DEPENDENT = (
