@@ -174,8 +174,8 @@ class _Iterates:
         slope = (first.gradient * step).sum(axis=1) - self.penalty * violation
         noise = _NOISE * (np.abs(first.objective) + self.penalty * violation)
         z, moved = self._line_search(K, step, merit + noise, slope, open_ & ~arrived & ~lost)
-        anywhere = length[:, None] * _direction(z.shape[1])
-        self.z = self.z + np.where(lost[:, None], anywhere, np.where(arrived[:, None], step, z - self.z))
+        z = np.where(arrived[:, None], self.z + step, z)
+        self.z = np.where(lost[:, None], self.z + length[:, None] * _direction(z.shape[1]), z)
         self.y = np.where(lost[:, None], 0.0, y)
         self.penalty = np.where(lost, 0.0, self.penalty)
         return arrived, ~arrived & ~moved & ~lost
