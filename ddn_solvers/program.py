@@ -21,7 +21,7 @@ from ddn_solvers.adapter import Feature, ProblemClass, QuadraticForm
 from ddn_solvers.arrays import Array
 from ddn_solvers.captures import Overrides
 from ddn_solvers.errors import ProblemError
-from ddn_solvers.evaluators import Evaluators
+from ddn_solvers.evaluators import Coefficients, Evaluators
 from ddn_solvers.inertia import positive_definite
 from ddn_solvers.layout import Block, Layout
 from ddn_solvers.pieces import Kink, Pieces, find_pieces, lift
@@ -238,6 +238,35 @@ class Program(Evaluators):
 
     # -- evaluation --------------------------------------------------------------------------------
 
+    def coefficients(self, parameters: Sequence[Array], batch: int | None = None) -> Coefficients:
+        """As ``Evaluators.coefficients``; H and J of large dense LPs and QPs as matrix products, in torch."""
+        if not self._multiplies:
+            return super().coefficients(parameters, batch)
+        samples = max((len(p) for p in parameters if p.ndim == 2), default=batch or 1)
+        f, gradient, c = self.slopes(np.zeros((samples, self.variables.size)), parameters)
+        nonzeros = []
+        with temporarily_clear_interpreter_stack(), torch.inference_mode(False):
+            zero = torch.zeros(self.variables.size, dtype=torch.float64)
+            for i in range(samples):
+                p = [torch.tensor(block if block.ndim == 1 else block[i]) for block in parameters]
+                slopes = torch.func.grad(lambda z, p=p: self.evaluate(z, p)[0])
+                J = torch.func.jacrev(lambda z, p=p: self.evaluate(z, p)[1])(zero)
+                H = torch.func.jacrev(slopes)(zero)
+                nonzeros.append((self.jacobian_pattern.entries(J), self.hessian_pattern.entries(H)))
+        jacobian, hessian = (np.stack(each) for each in zip(*nonzeros, strict=True))
+        return Coefficients(f, gradient, c, jacobian, hessian)
+
+    @cached_property
+    def _multiplies(self) -> bool:
+        """Whether CasADi would multiply large dense matrices entry by entry."""
+        if not self.quadratic or not self.compiled:
+            return False
+        patterns = [p for p in (self.hessian_pattern, self.jacobian_pattern) if p.nnz]
+        nonzeros, entries = sum(p.nnz for p in patterns), sum(p.shape[0] * p.shape[1] for p in patterns)
+        if nonzeros < max(_MULTIPLIED, entries // 2):
+            return False
+        return self._map("jacobian_map") is None or self._map("hessian_map") is None
+
     def quadratic_forms(self, parameters: Sequence[Array]) -> list[QuadraticForm]:
         """Coefficients at z = 0, one form a sample; exact for an LP or a QP."""
         found, m = self.coefficients(parameters), self.equality.size
@@ -351,6 +380,7 @@ def compile_program(problem: Problem, overrides: Overrides | None = None) -> Pro
 
 
 _LOCK = threading.RLock()
+_MULTIPLIED = 50_000  # nonzeros of H and J from which torch's matrix products save more than its calls cost
 _DENSE = 500  # variables up to which all eigenvalues of a constant Hessian are computed
 _NEGLIGIBLE = 1e-8  # relative size of an eigenvalue that is no negative curvature, see kkt/curvature.py
 _MAX_PROGRAMS = 8  # states of captured values (train and eval mode, ...) kept for one problem

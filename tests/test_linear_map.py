@@ -6,6 +6,7 @@ import torch
 
 import ddn_solvers as ddn
 from ddn_solvers.derived import scaled
+from ddn_solvers.evaluators import Evaluators
 from ddn_solvers.program import compile_program
 
 D = torch.float64
@@ -84,3 +85,60 @@ def test_a_dense_hessian_is_compiled_without_looking_for_symmetry():
     )
     program = compile_program(ddn.quadratic_program(n))
     assert program.functions.hessian.n_nodes() < 20 * n
+
+
+@pytest.fixture
+def multiplied(monkeypatch):
+    """Small problems as large dense ones are: nothing gathered, matrices as products in torch."""
+    monkeypatch.setattr("ddn_solvers.lowering.linear_map._LARGEST", 0)
+    monkeypatch.setattr("ddn_solvers.program._MULTIPLIED", 0)
+
+
+def quadratic(seed=0, batch=()):
+    g = torch.Generator().manual_seed(seed)
+    L, A, G = (torch.randn(*batch, m, 6, dtype=D, generator=g) for m in (6, 2, 3))
+    q, b = torch.randn(*batch, 6, dtype=D, generator=g), torch.randn(*batch, 2, dtype=D, generator=g)
+    h = torch.rand(*batch, 3, dtype=D, generator=g) + 1
+    return {"P": L @ L.mT + torch.eye(6, dtype=D), "q": q, "A": A, "b": b, "G": G, "h": h}
+
+
+@pytest.mark.usefixtures("multiplied")
+@pytest.mark.parametrize("shared", ["none", "first", "all"])
+def test_multiplied_matrices_are_the_evaluated_ones(shared):
+    program = compile_program(ddn.quadratic_program(6, 2, 3))
+    rng = np.random.default_rng(0)
+    blocks = [rng.standard_normal((4, block.size)) for block in program.parameters]
+    blocks = [b[0] if shared == "all" or (shared == "first" and i == 0) else b for i, b in enumerate(blocks)]
+    assert program._multiplies
+    found, expected = program.coefficients(blocks, 4), Evaluators.coefficients(program, blocks, 4)
+    for name, values in vars(expected).items():
+        np.testing.assert_allclose(getattr(found, name), values, rtol=0, atol=1e-15)
+
+
+@pytest.mark.usefixtures("multiplied")
+def test_multiplied_matrices_in_every_mode_of_torch():
+    problem, values = ddn.quadratic_program(6, 2, 3), quadratic(batch=(3,))
+    layer = ddn.DeclarativeLayer(problem)
+    plain = layer(**values)
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(**values), plain)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(**values), plain)
+
+    def total(q, P):
+        rest = {name: value[0] for name, value in values.items() if name not in "qP"}
+        return layer(q=q, P=P, **rest).square().sum()
+
+    q, P = values["q"], values["P"]
+    found = torch.func.vmap(torch.func.grad(total))(q, P)
+    for i in range(3):
+        leaf = q[i].clone().requires_grad_()
+        (one,) = torch.autograd.grad(total(leaf, P[i]), leaf)
+        torch.testing.assert_close(found[i], one)
+
+
+def test_large_dense_programs_are_multiplied_and_small_or_sparse_ones_are_not():
+    assert compile_program(ddn.quadratic_program(250, 50, 300))._multiplies
+    assert not compile_program(ddn.quadratic_program(20, 5, 10))._multiplies
+    chain = ddn.Problem({"u": (90_000,)}, {"x": (90_000,)}, lambda u, x: (u - x).square().sum())
+    assert not compile_program(chain)._multiplies

@@ -65,6 +65,11 @@ class Pattern:
 
         return sp.csc_array((nonzeros, self.indices, self.indptr), shape=self.shape)
 
+    def entries(self, matrix: Any) -> Array:
+        """The nonzeros of one dense matrix, (nnz,)."""
+        found: Array = np.asarray(matrix)[self.indices, self.columns]
+        return found
+
     def dense(self, nonzeros: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """(B, nnz) -> (B, *shape)."""
         if self.full:  # a column after the other is the transpose, as it lies in memory
