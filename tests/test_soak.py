@@ -1,6 +1,7 @@
 """Memory does not grow with the number of calls: 200 by default, 20,000 in ``make fuzz`` (which sets DDN_FUZZ)."""
 
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,12 @@ def test_memory_does_not_grow_with_calls(solver):
 
     for _ in range(CALLS // 5):
         call()
-    before = resident()
-    for _ in range(CALLS):
-        call()
-    assert resident() - before < 2 + 1e-4 * CALLS  # MB: 100 bytes a call
+    sizes = [resident()]
+    for _ in range(4):
+        for _ in range(CALLS // 4):
+            call()
+        sizes.append(resident())
+    # A leak grows in every quarter; the allocator takes 4 MB at once, now and then.
+    quarters = [after - before for before, after in pairwise(sizes)]
+    assert min(quarters) < 0.5, sizes  # MB: 100 bytes a call
+    assert sum(quarters) < 10, sizes
