@@ -98,7 +98,7 @@ class SymbolicFunctions:
         for degree in range(3):
             if not ca.depends_on(expression, self.z):
                 return degree
-            expression = _nonzeros(ca.jacobian(expression, self.z))
+            expression = ca.jtimes(expression, self.z, ca.MX.sym(f"v{degree}", self.z.numel()))
         return None
 
     def _has_kinks(self, kind: str, name: str) -> bool:
@@ -108,9 +108,10 @@ class SymbolicFunctions:
 
     def constant_hessian(self) -> tuple[Pattern, np.ndarray[Any, Any]] | None:
         """The objective's Hessian, pattern and nonzeros, if it depends on nothing, else ``None``."""
-        hessian = _hessian(self.f, self.z)
-        if ca.depends_on(_nonzeros(hessian), ca.vertcat(self.z, *self.p)):
+        along = ca.jtimes(self.gradient, self.z, ca.MX.sym("v", self.z.numel()))
+        if ca.depends_on(along, ca.vertcat(self.z, *self.p)):
             return None
+        hessian = _hessian(self.f, self.z)
         constant = ca.Function("constant", [self.z, *self.p], [ca.densify(_nonzeros(hessian))])
         nonzeros: np.ndarray[Any, Any] = constant(*[0] * (1 + len(self.p))).full().reshape(-1)
         return _pattern(hessian), nonzeros
