@@ -129,6 +129,7 @@ class Dialect:
             it is an error.
         tight: Its tolerance unless told otherwise; ``None``: the backend's own default.
         defaults: Further options unless told otherwise.
+        accepts: Every option it has, separated by spaces, where it would pass over others itself; else ``None``.
         status: What it returns -> ``Status``.
     """
 
@@ -137,6 +138,7 @@ class Dialect:
     time_limit: str | None = None
     tight: float | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    accepts: str | None = None
     status: Mapping[Any, Status] = field(default_factory=dict)
 
     def native(self, options: Options, where: str) -> dict[str, Any]:
@@ -147,8 +149,14 @@ class Dialect:
             where: ``"backend:method"``, for the error.
 
         Raises:
-            ProblemError: A limit that the method cannot keep.
+            ProblemError: A limit that the method cannot keep, or an option that it does not have.
         """
+        if self.accepts is not None:
+            known = self.accepts.split()
+            for name in set(options.native).difference(known):
+                raise ProblemError(
+                    f"option {name!r} is not one that {where} accepts", expected=", ".join(known)
+                )
         tight = {} if self.tight is None else dict.fromkeys((self.tolerance or "").split(), self.tight)
         native = {**tight, **self.defaults}
         for limit in ("max_iter", "tolerance", "time_limit"):
@@ -480,7 +488,7 @@ class Adapter(abc.ABC):
         """``"backend:method"``, for messages."""
         return f"{self.capabilities.package}:{name}"
 
-    def native(self, instance: Instance) -> dict[str, Any]:
+    def native(self, instance: Instance | Batch) -> dict[str, Any]:
         """The options of ``instance`` as its method wants them; see ``Dialect.native``."""
         return self.dialect(instance.method).native(instance.options, self.where(instance.method))
 

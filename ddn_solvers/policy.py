@@ -49,9 +49,9 @@ class Policy:
             nonzeros of each sample), ``"iterative"`` (MINRES on products with the matrix, which is never
             formed but for samples on which MINRES fails: those go to SuperLU), or a callable
             ``(matrix, rhs) -> solution`` on (B, N, N) and (B, N) tensors. ``"auto"``: sparse from 200 unknowns
-            on if at most 2 % of the matrix are nonzeros, or all are near the diagonal; otherwise dense, for large batches by the Cholesky
-            factors of Hessian and Schur complement where the Hessian is positive definite. Which samples are
-            singular does not depend on the choice. Higher derivatives, torch.func transforms and ``smoothing``
+            on if at most 2 % of the matrix are nonzeros, or all are near the diagonal; otherwise dense, for large
+            batches by the Cholesky factors of Hessian and Schur complement where the Hessian is positive
+            definite. Which samples are singular does not depend on the choice. Higher derivatives, torch.func transforms and ``smoothing``
             use dense algebra.
 
     Raises:

@@ -168,9 +168,7 @@ class Search:
         Those of an LP or QP at last on scaled variables.
         """
         routes = self.routes
-        if (
-            self.options.native
-        ):  # they are for a backend that has to be asked, and not for one that need not be
+        if self.options.native:  # which are for a backend that has to be asked
             routes = [route for route in routes if not route.tentative]
         given = [route for route in routes if route.start is Start.GIVEN]
         rest = [route for route in routes if route.start is not Start.GIVEN]

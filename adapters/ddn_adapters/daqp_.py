@@ -23,7 +23,6 @@ from ddn_solvers.adapter import (
     Method,
     Point,
     ProblemClass,
-    ProblemError,
     Status,
     bound_multipliers,
     interruptible,
@@ -39,6 +38,11 @@ _STATUS = {
     -6: Status.INFEASIBLE,  # more active constraints than variables
     -7: Status.TIME_LIMIT,
 }
+# It would pass over others.
+_SETTINGS = (
+    "primal_tol dual_tol zero_tol pivot_tol progress_tol cycle_tol iter_limit fval_bound eps_prox eta_prox rho_soft "
+    "rel_subopt abs_subopt sing_tol refactor_tol time_limit"
+)
 _EQUALITY = 5  # how DAQP marks one
 
 
@@ -60,6 +64,7 @@ class DAQPAdapter(Adapter):
                     time_limit="time_limit",
                     # Negative: proximal-point iterations where the Hessian is singular, and only there.
                     defaults={"primal_tol": 1e-9, "eps_prox": -1e-6, "eta_prox": 1e-10},
+                    accepts=_SETTINGS,
                     status=_STATUS,
                 ),
             ),
@@ -79,7 +84,7 @@ class DAQPAdapter(Adapter):
         import daqp
 
         program, given = batch.program, batch.coefficients
-        settings = self._settings(batch)
+        settings = self.native(batch)
         P = np.ascontiguousarray(program.hessian_pattern.dense(given.hessian))
         J = np.ascontiguousarray(program.jacobian_pattern.dense(given.jacobian))
         m, n = program.equality.size, program.variables.size
@@ -103,15 +108,6 @@ class DAQPAdapter(Adapter):
             points.append(self._point(found, m, n, batch.initial[i]))
         return points
 
-    def _settings(self, batch: Batch) -> dict[str, Any]:
-        native = self.dialect(batch.method).native(batch.options, self.where(batch.method))
-        unknown = next((name for name in batch.options.native if name not in _SETTINGS), None)
-        if unknown is not None:  # which it would pass over
-            raise ProblemError(
-                f"option {unknown!r} is not one that daqp:active-set accepts", expected=", ".join(_SETTINGS)
-            )
-        return native
-
     def _start(self, warm: Point | None) -> dict[str, Array]:
         parts = None if warm is None else (warm.lower, warm.upper, warm.equality, warm.inequality)
         if warm is None or parts is None or any(part is None for part in parts):
@@ -131,9 +127,3 @@ class DAQPAdapter(Adapter):
             message=f"daqp: {int(flag)}",
             **bound_multipliers(multipliers[:n]),
         )
-
-
-_SETTINGS = (
-    "primal_tol dual_tol zero_tol pivot_tol progress_tol cycle_tol iter_limit fval_bound eps_prox eta_prox rho_soft "
-    "rel_subopt abs_subopt sing_tol refactor_tol time_limit"
-).split()

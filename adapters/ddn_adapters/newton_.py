@@ -29,24 +29,19 @@ from ddn_solvers.adapter import (
     Method,
     Point,
     ProblemClass,
-    ProblemError,
     Status,
 )
 
 _SUFFICIENT = 1e-4  # share of the predicted decrease of the merit function that a step has to bring
 _NOISE = 1e-14  # relative change of the merit function that is rounding
 _SHORTEST = 1e-8  # part of a step below which the search has failed
-_FLAT, _SMALLEST = (
-    1e-10,
-    1e-4,
-)  # curvature, relative to the largest of H, that is none, and what stands in its place
+# Curvature, relative to the largest of H, that is none, and what stands in its place.
+_FLAT, _SMALLEST = 1e-10, 1e-4
 _MARGIN = 2.0  # delta over the most negative curvature: more makes short steps, which stay in the valley
 _RHO = 1e3  # of H + rho A^T A, which is tried for whether all curvature is positive
 _CORNER = 1e-12  # e, relative to A A^T over the largest of H: dependent rows leave the matrix regular
-_PENALTY, _FORGOTTEN = (
-    1.1,
-    0.1,
-)  # sigma over the largest multiplier, and the part of it that stays from step to step
+# sigma over the largest multiplier, and the part of it that stays from step to step.
+_PENALTY, _FORGOTTEN = 1.1, 0.1
 
 
 class NewtonAdapter(Adapter):
@@ -67,6 +62,7 @@ class NewtonAdapter(Adapter):
                     time_limit="time_limit",
                     tight=1e-8,
                     defaults={"max_iter": 50, "time_limit": np.inf},
+                    accepts="max_iter tolerance time_limit",
                 ),
             ),
         ),
@@ -81,24 +77,14 @@ class NewtonAdapter(Adapter):
 
     def solve_batch(self, batch: Batch) -> list[Point]:
         """All samples together. The time limit is that of each one, since each takes as long as all."""
-        settings = self._settings(batch)
+        settings = self.native(batch)
         deadline = min(batch.options.deadline, time.monotonic() + settings["time_limit"])
         with np.errstate(all="ignore"):  # a sample that runs off is judged, not computed with
             return _solve_all(batch, int(settings["max_iter"]), settings["tolerance"], deadline)
 
-    def _settings(self, batch: Batch) -> dict[str, Any]:
-        dialect, where = self.dialect(batch.method), self.where(batch.method)
-        known = ("max_iter", "tolerance", "time_limit")
-        for name in batch.options.native:
-            if name not in known:
-                raise ProblemError(
-                    f"option {name!r} is not one that {where} accepts", expected=", ".join(known)
-                )
-        return dialect.native(batch.options, where)
-
 
 def _solve_all(batch: Batch, max_iter: int, tolerance: float, deadline: float) -> list[Point]:
-    points = [Point(z, Status.ITERATION_LIMIT, iterations=0) for z in batch.initial]
+    points: dict[int, Point] = {}
     at, open_ = _Iterates.at_start(batch), np.ones(len(batch), dtype=bool)
     status, steps = Status.ITERATION_LIMIT, max_iter
     for count in range(1, max_iter + 1):
@@ -111,7 +97,7 @@ def _solve_all(batch: Batch, max_iter: int, tolerance: float, deadline: float) -
             points[at.samples[k]] = at.point(k, said, count)
         open_ &= ~(arrived | stuck)
         if not open_.any():
-            return points
+            break
         half = len(open_)
         while 2 * open_.sum() <= half:  # few sizes, for each of which functions are mapped once
             half = (half + 1) // 2
@@ -120,7 +106,7 @@ def _solve_all(batch: Batch, max_iter: int, tolerance: float, deadline: float) -
             at, open_ = at.take(left), open_[left]
     for k in np.flatnonzero(open_):
         points[at.samples[k]] = at.point(k, status, steps)
-    return points
+    return [points[i] for i in range(len(batch))]
 
 
 @dataclass
