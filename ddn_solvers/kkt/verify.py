@@ -118,16 +118,15 @@ def verify(
         "stationarity": np.where(decides, stationarity, 0.0),
         "predicted Newton step": np.where(polished.singular, 0.0, predicted),
     }
-    objective, batch = evaluation.first.objective, len(start.z)
-    with np.errstate(invalid="ignore"):
-        good = (np.stack(list(numbers.values())) <= policy.accuracy).all(axis=0) & np.isfinite(objective)
-    good &= ~bent & ~(kinks <= _ON_KINK).any(axis=1)
+    values, batch = np.stack(list(numbers.values())), len(start.z)
+    finite = np.isfinite(values).all(axis=0) & np.isfinite(evaluation.first.objective)
+    large, on_kink = values > policy.accuracy, kinks <= _ON_KINK
     status, reasons = [Status.OPTIMAL] * batch, [""] * batch
-    for i in np.flatnonzero(~good):
-        one = {name: values[i] for name, values in numbers.items()}
-        status[i], reasons[i] = _judge(
-            one, objective[i], kinks[i], program.kinks, bool(bent[i]), policy.accuracy
-        )
+    for i in np.flatnonzero(~finite | large.any(axis=0) | on_kink.any(axis=1) | bent):
+        above = {name: numbers[name][i] for name, much in zip(numbers, large[:, i], strict=True) if much}
+        names = [program.kinks[k] for k in np.flatnonzero(on_kink[i])]
+        hint = _nearby(kinks[i], program.kinks)
+        status[i], reasons[i] = _failure(bool(finite[i]), names, above, policy.accuracy, hint)
     return Verified(evaluation, active, singular, condition, tuple(status), tuple(reasons), nearby)
 
 
@@ -170,30 +169,24 @@ def on_chosen_pieces(verified: Verified, policy: Policy) -> Verified:
     return replace(verified, evaluation=evaluation, active=active, singular=singular, system=None)
 
 
-def _judge(
-    numbers: dict[str, Any],
-    objective: float,
-    kinks: Array,
-    names: tuple[Kink, ...],
-    bent: bool,
-    accuracy: float,
+def _failure(
+    finite: bool, on: list[Kink], large: dict[str, Any], accuracy: float, hint: str
 ) -> tuple[Status, str]:
-    if not np.isfinite(list(numbers.values())).all() or not np.isfinite(objective):
+    """What is wrong with a point: the first of what there is; nothing of it, and it is no minimum."""
+    if not finite:
         return Status.NUMERICAL_ERROR, "the point or the functions there are not finite"
-    on = np.flatnonzero(kinks <= _ON_KINK)
-    if on.size:
-        return Status.NOT_A_KKT_POINT, f"the solution sits on a kink of {names[on[0]]}"
-    large = {name: value for name, value in numbers.items() if value > accuracy}
+    if on:
+        return Status.NOT_A_KKT_POINT, f"the solution sits on a kink of {on[0]}"
     if large:
         reason = ", ".join(f"scaled {name} {value:.1e}" for name, value in large.items())
-        reason += f", above the accuracy {accuracy:.0e}"
-        nearest = int(kinks.argmin()) if kinks.size else -1
-        if nearest >= 0 and kinks[nearest] <= _NEAR_KINK:
-            reason += f"; close to a kink of {names[nearest]}"
-        return Status.NOT_A_KKT_POINT, reason
-    if bent:
-        return Status.NOT_A_MINIMUM, "the reduced Hessian of the Lagrangian has a negative eigenvalue"
-    return Status.OPTIMAL, ""
+        return Status.NOT_A_KKT_POINT, f"{reason}, above the accuracy {accuracy:.0e}{hint}"
+    return Status.NOT_A_MINIMUM, "the reduced Hessian of the Lagrangian has a negative eigenvalue"
+
+
+def _nearby(distances: Array, names: tuple[Kink, ...]) -> str:
+    nearest = int(distances.argmin()) if distances.size else -1
+    close = nearest >= 0 and distances[nearest] <= _NEAR_KINK
+    return f"; close to a kink of {names[nearest]}" if close else ""
 
 
 def _kinks(evaluation: Evaluation) -> Array:
