@@ -304,7 +304,8 @@ def _adjoint(
     with _eagerly():
         operation = Operation.resumed(by.program, by.policy, blocks, at)
         check_derivative(by.policy, operation.established())
-        return vjp(operation, blocks, at, Cotangents(v.contiguous(), *zeros))
+        with operation.threads():
+            return vjp(operation, blocks, at, Cotangents(v.contiguous(), *zeros))
 
 
 @_adjoint.register_fake

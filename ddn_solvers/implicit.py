@@ -9,6 +9,7 @@ of the backward is asked for, the compiled functions serve instead.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from ddn_solvers.policy import Policy
 from ddn_solvers.program import Program
 from ddn_solvers.residuals import Bound, Evaluation, PrimalDual
 from ddn_solvers.solution import Status
+from ddn_solvers.threads import threads
 from ddn_solvers.transforms import (
     is_transformed,
     one_by_one,
@@ -92,7 +94,12 @@ class Operation:
 
     def run(self, blocks: Sequence[torch.Tensor]) -> Outputs:
         """Find the points; see ``Outputs``."""
-        return outputs_of(self, self.find(tuple(block.detach().numpy() for block in blocks)))
+        with self.threads():
+            return outputs_of(self, self.find(tuple(block.detach().numpy() for block in blocks)))
+
+    def threads(self) -> AbstractContextManager[None]:
+        """Within it torch has as many threads as the policy says."""
+        return threads(self.policy, self.program.variables.size + self.program.constraints)
 
     def established(self) -> Verified:
         """``verified``, after ``run``."""
@@ -235,11 +242,12 @@ class _Implicit(torch.autograd.Function):
         ]
 
         def gradients(*v: torch.Tensor) -> list[torch.Tensor]:
-            if torch.is_grad_enabled() or any(map(is_transformed, (*blocks, *v))):
-                refuse_batched_tangents((*blocks, *outputs[:_DIFFERENTIABLE], *v))
-                linearisation = _torch_linearisation(operation, blocks, outputs)
-                return linearisation.vjp(Cotangents(*v), outputs.gradient_scale, envelope)
-            return vjp(operation, blocks, outputs, Cotangents(*v), envelope)
+            with operation.threads():
+                if torch.is_grad_enabled() or any(map(is_transformed, (*blocks, *v))):
+                    refuse_batched_tangents((*blocks, *outputs[:_DIFFERENTIABLE], *v))
+                    linearisation = _torch_linearisation(operation, blocks, outputs)
+                    return linearisation.vjp(Cotangents(*v), outputs.gradient_scale, envelope)
+                return vjp(operation, blocks, outputs, Cotangents(*v), envelope)
 
         return None, *one_by_one(gradients, full)
 
@@ -253,10 +261,11 @@ class _Implicit(torch.autograd.Function):
         full = [torch.zeros_like(b) if t is None else t for t, b in zip(tangents, blocks, strict=True)]
 
         def changes(*full: torch.Tensor) -> list[torch.Tensor]:
-            if operation.depends_on_direction():
-                found = _Directional.apply(operation, *full)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            else:
-                found = _torch_linearisation(operation, blocks, outputs).jvp(full)
+            with operation.threads():
+                if operation.depends_on_direction():
+                    found = _Directional.apply(operation, *full)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+                else:
+                    found = _torch_linearisation(operation, blocks, outputs).jvp(full)
             return [scale_rows(change, outputs.gradient_scale) for change in found]
 
         return (*one_by_one(changes, full), *(None,) * (len(outputs) - _DIFFERENTIABLE))

@@ -9,7 +9,7 @@ from dataclasses import replace
 from ddn_solvers import registry
 from ddn_solvers.adapter import Feature, ProblemClass
 from ddn_solvers.errors import BackendCannotSolve, BackendNotFound, BackendNotInstalled, ProblemError
-from ddn_solvers.kkt.operator import large_and_sparse
+from ddn_solvers.kkt.operator import factored_sparsely, large_and_sparse
 from ddn_solvers.program import Program
 from ddn_solvers.search import Form, Route, Start
 
@@ -103,6 +103,20 @@ def _auto(program: Program) -> list[Route]:
     local = (r for r in found if Feature.NONCONVEX in r.method.features and r.form is Form.DECLARED)
     another = (replace(route, start=Start.ANOTHER) for route in itertools.islice(local, 1))
     return [*_quick(program), *found, *another]
+
+
+def newton_first(program: Program, warm_start: bool) -> bool:
+    """Whether "auto" begins with Newton steps on the active set, which end with a solver's word or without one.
+
+    From a warm start; and on QPs from any start where nothing can be active, so that one step is all there is to do, or
+    where sparse steps cost much less than a solver with dense algebra.
+    """
+    if not program.quadratic:
+        return warm_start
+    if program.problem_class is not ProblemClass.QP or not program.compiled or program.pieces is not None:
+        return False
+    sides = program.features & {Feature.BOUNDS, Feature.INEQUALITY}
+    return not sides or factored_sparsely(program.hessian_pattern, program.jacobian_pattern)
 
 
 def _quick(program: Program) -> list[Route]:

@@ -18,7 +18,8 @@ from ddn_solvers.derived import scaled, with_extra
 from ddn_solvers.diagnosis import diagnose, nearest_feasible
 from ddn_solvers.errors import BackendCannotSolve
 from ddn_solvers.kkt.multipliers import least_squares_multipliers, with_kink_forces
-from ddn_solvers.kkt.verify import Verified, verify
+from ddn_solvers.kkt.polish import polish
+from ddn_solvers.kkt.verify import Verified, judge, verify
 from ddn_solvers.policy import Policy
 from ddn_solvers.program import Program
 from ddn_solvers.residuals import Bound, Evaluation, PrimalDual
@@ -86,7 +87,7 @@ class Search:
     options: Options
     initial: Array | None
     warm_start: list[Point] | None
-    continues: bool = False  # a warm start may be all that is needed: see ``_continue``
+    newton_first: bool = False  # see ``routing.newton_first``
     status: list[Status] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
     backend: list[str] = field(default_factory=list)
@@ -124,8 +125,8 @@ class Search:
             deadline = time.monotonic() + self.options.call_time_limit
             self.options = replace(self.options, deadline=deadline)
         refusal: BackendCannotSolve | None = None
-        if self.continues and self.warm_start is not None and len(self.warm_start) == samples:
-            self._continue(self.warm_start, bound, best, open_)
+        if self.newton_first and not self.options.native:
+            self._newton(given, bound, best, open_)
         attempts = self._attempts()
         for route in attempts:
             remaining = self._remaining(route, open_)
@@ -206,9 +207,7 @@ class Search:
 
     def _call(self, route: Route, bound: Bound, initial: Array, samples: Index) -> list[Point]:
         """The backend's points; an exception of its own fails the samples, not the program."""
-        warm, given = None, self.warm_start if route.start is Start.GIVEN else None
-        if given is not None and len(given) == len(self.status):
-            warm = [given[i] for i in samples]
+        warm = self._warm(samples) if route.start is Start.GIVEN else None
         program, n, parameters = self.program, initial.shape[1], bound.parameters
         lower, upper, start = bound.lower, bound.upper, initial
         if route.form is Form.SCALED:
@@ -259,17 +258,34 @@ class Search:
             return Point(initial, status, message=point.message or "returned numbers that are not finite")
         return point
 
-    def _continue(self, points: list[Point], bound: Bound, best: PrimalDual, open_: Mask) -> None:
-        """Newton's method from the warm start, which the verification is anyway; no backend where that does."""
-        samples = np.flatnonzero(open_)
+    def _newton(self, given: Array, bound: Bound, best: PrimalDual, open_: Mask) -> None:
+        """Newton's method from where the search begins, as the polish has it; no backend where that does."""
+        samples, program = np.flatnonzero(open_), self.program
         if not samples.size:
             return
-        verified = self._verify([points[i] for i in samples], bound, samples)
+        part, warm = bound.take(samples), self._warm(samples)
+        if warm is None:
+            start = PrimalDual.resting(program, part.parameters, given[samples])
+        else:
+            start = _with_multipliers(program, part, warm)
+        polished = polish(program, part, start, self.policy.linear_solver, tentative=program.quadratic)
+        near = np.flatnonzero(polished.singular | (polished.predicted <= self.policy.accuracy))
+        if not near.size:
+            return
+        verified = judge(polished.take(near), self.policy, self.dtype)
+        if len(near) == len(self.status):
+            self.verified = verified
         for k in np.flatnonzero(verified.optimal):
-            i = samples[k]
+            i = samples[near[k]]
             best.put(i, verified.evaluation.point, int(k))
             self.backend[i], self.method[i] = "ddn_solvers", "newton"
             self.status[i], open_[i] = Status.OPTIMAL, False
+
+    def _warm(self, samples: Index) -> list[Point] | None:
+        """The warm start of some samples, if there is one for this batch."""
+        if self.warm_start is None or len(self.warm_start) != len(self.status):
+            return None
+        return [self.warm_start[i] for i in samples]
 
     def _judge(
         self, route: Route, points: list[Point], bound: Bound, samples: Index, best: PrimalDual, open_: Mask
@@ -293,8 +309,7 @@ class Search:
 
     def _verify(self, points: list[Point], bound: Bound, samples: Index) -> Verified:
         part = bound.take(samples)
-        with np.errstate(all="ignore"):  # points of failed samples may be anything
-            start = _with_multipliers(self.program, part, points)
+        start = _with_multipliers(self.program, part, points)
         verified = verify(self.program, part, start, self.policy, self.dtype)
         if len(samples) == len(self.status):
             self.verified = verified
@@ -376,6 +391,7 @@ def _verdict(point: Point, verified: Status, reason: str) -> tuple[Status, str]:
     return point.status, "; ".join(text for text in (said, reason) if text)
 
 
+@np.errstate(all="ignore")  # points of failed samples may be anything
 def _with_multipliers(program: Program, bound: Bound, points: list[Point]) -> PrimalDual:
     """The backend's multipliers where it gave them all, else those of least squares."""
     z = np.stack([point.primal for point in points]).astype(float)

@@ -28,7 +28,7 @@ from ddn_solvers.layout import Layout
 from ddn_solvers.policy import Policy, as_policy
 from ddn_solvers.problem import Problem, as_problem
 from ddn_solvers.program import Program, compile_program
-from ddn_solvers.routing import Solver, routes
+from ddn_solvers.routing import Solver, newton_first, routes
 from ddn_solvers.search import Search
 from ddn_solvers.solution import Solution, Stats, Status
 from ddn_solvers.uncompiled import uncompiled
@@ -107,7 +107,7 @@ def solve_captured(
         options=call_options,
         initial=flat_point(program.variables, start, binding.batch) if start else None,
         warm_start=_warm_points(program, warm_start, binding),
-        continues=solver == "auto" and not program.quadratic,
+        newton_first=solver == "auto" and newton_first(program, warm_start is not None),
     )
     outputs, closest = apply(Operation(program, policy, search.find), binding.blocks), None
     if policy.on_failure == "closest":

@@ -26,6 +26,10 @@ _CONVERGED = 1e-9  # relative step after which, the convergence being quadratic,
 _ROUNDING = 1e-13  # relative size of a step that is not worth taking
 _EXACT = 1e-12  # at points with no scaled residual above this
 _SIGN = 1e-11  # scaled slack or multiplier that counts as negative
+# How many sides may join or leave the active set of a tentative sample: in its first step, by number of variables; then
+# as a share of those of the step before, or so few. Measured on bounded regulators: what does not settle like that takes
+# more steps than a solver takes time.
+_FIRST, _SETTLING, _FEW = 0.05, 0.7, 4
 
 
 @dataclass(frozen=True)
@@ -35,10 +39,10 @@ class Polished:
     Attributes:
         evaluation: Derivatives and residuals at the polished points.
         predicted: Relative size of the last Newton step, |dz / w|, (B,): taken or not, the
-            solution is no farther than that.
+            solution is no farther than that. Infinite for tentative samples that were given up.
         singular: Where the KKT matrix is singular, (B,).
         condition: Its condition estimate, (B,).
-        system: The factored system of the whole batch at the points given.
+        system: The last factored system of the whole batch.
         working: Its active set.
         last: The active set of each sample's last step, to which ``singular`` and ``condition`` belong.
     """
@@ -50,6 +54,20 @@ class Polished:
     system: System | None
     working: ActiveSet
     last: ActiveSet
+
+    def take(self, samples: Index) -> Polished:
+        """Some samples, by index; of all of them, itself with its system."""
+        if len(samples) == len(self.predicted):
+            return self
+        return Polished(
+            self.evaluation.take(samples),
+            self.predicted[samples],
+            self.singular[samples],
+            self.condition[samples],
+            None,
+            self.working.take(samples),
+            self.last.take(samples),
+        )
 
 
 def kkt_system(evaluation: Evaluation, active: ActiveSet, **options: Any) -> System:
@@ -63,8 +81,16 @@ def kkt_system(evaluation: Evaluation, active: ActiveSet, **options: Any) -> Sys
     )
 
 
-def polish(program: Program, bound: Bound, start: PrimalDual, linear_solver: Any = "auto") -> Polished:
-    """Polish a batch of points; a sample that Newton's method does not improve stays as it is."""
+@np.errstate(all="ignore")  # a failed sample may hold anything; it is judged, not computed with
+def polish(
+    program: Program, bound: Bound, start: PrimalDual, linear_solver: Any = "auto", tentative: bool = False
+) -> Polished:
+    """Polish a batch of points; a sample that Newton's method does not improve stays as it is.
+
+    Args:
+        tentative: The points are guesses: give up those whose KKT matrix is singular, or whose active set does
+            not settle soon.
+    """
     best = without_cancellation(Evaluation.at(program, bound, start))
     working = identify(best, 0.0)
     best = _where_finite(best, settled(best, working))
@@ -72,7 +98,9 @@ def polish(program: Program, bound: Bound, start: PrimalDual, linear_solver: Any
     predicted, condition = np.full(batch, np.inf), np.full(batch, np.inf)
     singular = np.zeros(batch, dtype=bool)
     open_ = np.isfinite(best.scaled)
-    whole, first, last = None, working, working
+    whole, of_whole, last = None, working, working
+    system, of = None, (np.zeros(0), working)
+    allowed = np.full(batch, _FIRST * start.z.shape[1])
     for _ in range(_MAX_STEPS):
         samples = np.flatnonzero(open_)
         if not samples.size:
@@ -84,8 +112,15 @@ def polish(program: Program, bound: Bound, start: PrimalDual, linear_solver: Any
         if not defined.all():  # at the zero of a norm that holds nothing
             open_[samples[~defined]] = False
             continue
-        system = kkt_system(here, active, linear_solver=linear_solver)
-        whole = system if whole is None and len(samples) == batch else whole
+        same = program.quadratic and np.array_equal(samples, of[0]) and np.array_equal(active.sides, of[1].sides)
+        if system is None or not same:
+            system, of = kkt_system(here, active, linear_solver=linear_solver), (samples, active)
+        lost = system.singular.numpy() & tentative
+        if lost.any():
+            open_[samples[lost]] = False
+            continue
+        if len(samples) == batch:
+            whole, of_whole = system, active
         last = replace(last, sides=_put(last.sides, samples, active.sides, np.ones(len(samples), dtype=bool)))
         step = _newton_step(here, active, system)
         predicted[samples] = step.size
@@ -94,8 +129,7 @@ def polish(program: Program, bound: Bound, start: PrimalDual, linear_solver: Any
         if exact.all():  # as active-set methods leave a QP
             break
         tried = _taken(here, active, step)
-        with np.errstate(invalid="ignore"):
-            better = ~exact & (tried.scaled < before.scaled)
+        better = ~exact & (tried.scaled < before.scaled)
         corrected = _corrected(active, tried, system.singular.numpy())
         changed = (corrected.sides != active.sides).any(axis=1) & np.isfinite(tried.scaled) & ~exact
         sides, weak = (
@@ -105,7 +139,11 @@ def polish(program: Program, bound: Bound, start: PrimalDual, linear_solver: Any
         working = replace(working, sides=sides, weak=weak)
         best = _put_evaluation(best, samples, tried, better)
         open_[samples] = changed | (better & (predicted[samples] > _CONVERGED))
-    return Polished(best, predicted, singular, condition, whole, first, last)
+        if tentative:
+            count = (corrected.sides != active.sides).sum(axis=1)
+            lost = changed & (count > np.maximum(allowed[samples], _FEW))
+            allowed[samples], open_[samples[lost]], predicted[samples[lost]] = _SETTLING * count, False, np.inf
+    return Polished(best, predicted, singular, condition, whole, of_whole, last)
 
 
 def _where_finite(before: Evaluation, after: Evaluation) -> Evaluation:
@@ -178,6 +216,8 @@ def _corrected(active: ActiveSet, tried: Evaluation, singular: Mask) -> ActiveSe
 
 
 def _put_evaluation(whole: Evaluation, samples: Index, part: Evaluation, accept: Mask) -> Evaluation:
+    if not accept.any():
+        return whole
     if accept.all() and len(samples) == len(whole.point.z):
         return part
     point = PrimalDual(

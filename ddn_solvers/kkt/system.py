@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -99,11 +100,9 @@ class System:
             any_singular, factored = bool(singular.any()), self._solver.decides
         else:
             factored = False
-        self.singular, self._repair, self._moved = singular, any_singular, False
+        self.singular, self._repair, self._moved, self._proximal = singular, any_singular, False, proximal
         if any_singular or not factored:
             self._state = self._solver.init(K.without(singular) if any_singular else K)
-        if any_singular:
-            self._prepare_singular(proximal)
 
     @property
     def convex(self) -> bool:
@@ -127,15 +126,14 @@ class System:
         diagonal = torch.cat([torch.zeros_like(self.fixed, dtype=self._corner.dtype), self._corner], dim=-1)
         return Bordered.of(hessian, jacobian, kept, self._pack(diagonal))
 
-    def _prepare_singular(self, proximal: float | None) -> None:
+    @cached_property
+    def _degenerate(self) -> Degenerate | LargeDegenerate:
         """What serves singular samples; dense, whatever the solver of the others, but for very large problems."""
         pick = self.singular.unsqueeze(-1)
-        self._degenerate: Degenerate | LargeDegenerate
         if isinstance(self.hessian, Sparse) and self.hessian.shape[1] > DENSE_LIMIT:
             kept = torch.cat([torch.ones_like(self.fixed), self.active], dim=-1)
             K = Bordered.of(self.hessian, self.jacobian, kept & pick)
-            self._degenerate = LargeDegenerate(K, self.fixed, proximal)
-            return
+            return LargeDegenerate(K, self.fixed, self._proximal)
         nothing = torch.zeros_like(self.fixed)
         hessian = self.hessian.masked(~nothing & pick, ~nothing).dense()
         jacobian = self.jacobian.masked(self.active & pick, ~nothing).dense()
@@ -145,7 +143,7 @@ class System:
             stiffness = torch.where(soft, -1 / torch.where(soft, self._corner, 1.0), 0.0)
             hessian = hessian + jacobian.mT @ (stiffness.unsqueeze(-1) * jacobian)
             active = active & ~soft
-        self._degenerate = Degenerate(hessian, jacobian, active, self.fixed & pick, proximal)
+        return Degenerate(hessian, jacobian, active, self.fixed & pick, self._proximal)
 
     def moved(self, hessian: torch.Tensor | Matrices, jacobian: torch.Tensor | Matrices) -> System:
         """The system of a nearby point with the same active set: this factorization, refined (regular only)."""

@@ -87,38 +87,43 @@ def verify(
     dtype: torch.dtype,
     minimum: bool = True,
 ) -> Verified:
-    """Polish and judge a batch of points.
+    """Polish and judge a batch of points; ``dtype`` and ``minimum`` as of ``judge``."""
+    return judge(polish(program, bound, start, policy.linear_solver), policy, dtype, minimum)
+
+
+@np.errstate(all="ignore")  # a failed sample may hold anything; it is judged, not computed with
+def judge(polished: Polished, policy: Policy, dtype: torch.dtype, minimum: bool = True) -> Verified:
+    """Judge a batch of polished points.
 
     Args:
         dtype: The caller's; the tolerance of the active set depends on its rounding.
         minimum: Refuse points with negative curvature (``attach`` accepts them).
     """
-    with np.errstate(all="ignore"):  # a failed sample may hold anything; it is judged, not computed with
-        polished = polish(program, bound, start, policy.linear_solver)
-        evaluation = polished.evaluation
-        feasibility, complementarity = evaluation.scaled_feasibility, evaluation.scaled_complementarity
-        stationarity, predicted = evaluation.scaled_stationarity, polished.predicted
-        decides = polished.singular | (stationarity > _UNBALANCED)
-        # Where the point could not be polished to rounding, the active set is judged less finely.
-        tolerance = np.maximum(policy.activity_tolerance(dtype), 10 * evaluation.scaled)
-        tolerance = np.where(np.isfinite(tolerance), tolerance, 0.0)
-        evaluation, active, singular, condition = _established(evaluation, tolerance, polished, policy)
-        kinks = _kinks(evaluation)
-        singular = singular | (evaluation.vanishing & active.constraints).any(axis=1)
-        reusable = not singular.any() and np.array_equal(polished.working.sides, active.sides)
-        nearby = polished.system if reusable else None
-        bent = np.zeros(len(start.z), dtype=bool)
-        factored = nearby is not None and program.quadratic and nearby.convex
-        if minimum and program.may_be_nonconvex and not factored and not surely_minimal(evaluation, active):
-            finite = np.flatnonzero(np.isfinite(evaluation.scaled))
-            bent[finite] = curvature(evaluation.take(finite).tame(), active.take(finite)).negative
+    evaluation, batch = polished.evaluation, len(polished.predicted)
+    program = evaluation.program
+    feasibility, complementarity = evaluation.scaled_feasibility, evaluation.scaled_complementarity
+    stationarity, predicted = evaluation.scaled_stationarity, polished.predicted
+    decides = polished.singular | (stationarity > _UNBALANCED)
+    # Where the point could not be polished to rounding, the active set is judged less finely.
+    tolerance = np.maximum(policy.activity_tolerance(dtype), 10 * evaluation.scaled)
+    tolerance = np.where(np.isfinite(tolerance), tolerance, 0.0)
+    evaluation, active, singular, condition = _established(evaluation, tolerance, polished, policy)
+    kinks = _kinks(evaluation)
+    singular = singular | (evaluation.vanishing & active.constraints).any(axis=1)
+    reusable = not singular.any() and np.array_equal(polished.working.sides, active.sides)
+    nearby = polished.system if reusable else None
+    bent = np.zeros(batch, dtype=bool)
+    factored = nearby is not None and program.quadratic and nearby.convex
+    if minimum and program.may_be_nonconvex and not factored and not surely_minimal(evaluation, active):
+        finite = np.flatnonzero(np.isfinite(evaluation.scaled))
+        bent[finite] = curvature(evaluation.take(finite).tame(), active.take(finite)).negative
     numbers = {
         "feasibility": feasibility,
         "complementarity": complementarity,
         "stationarity": np.where(decides, stationarity, 0.0),
         "predicted Newton step": np.where(polished.singular, 0.0, predicted),
     }
-    values, batch = np.stack(list(numbers.values())), len(start.z)
+    values = np.stack(list(numbers.values()))
     finite = np.isfinite(values).all(axis=0) & np.isfinite(evaluation.first.objective)
     large, on_kink = values > policy.accuracy, kinks <= _ON_KINK
     status, reasons = [Status.OPTIMAL] * batch, [""] * batch
