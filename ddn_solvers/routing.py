@@ -9,7 +9,7 @@ from dataclasses import replace
 from ddn_solvers import registry
 from ddn_solvers.adapter import Feature, ProblemClass
 from ddn_solvers.errors import BackendCannotSolve, BackendNotFound, BackendNotInstalled, ProblemError
-from ddn_solvers.kkt.operator import factored_sparsely, large_and_sparse
+from ddn_solvers.kkt.operator import by_bands, large_and_sparse
 from ddn_solvers.program import Program
 from ddn_solvers.search import Form, Route, Start
 
@@ -109,14 +109,15 @@ def newton_first(program: Program, warm_start: bool) -> bool:
     """Whether "auto" begins with Newton steps on the active set, which end with a solver's word or without one.
 
     From a warm start; and on QPs from any start where nothing can be active, so that one step is all there is to do, or
-    where sparse steps cost much less than a solver with dense algebra.
+    where sparse steps cost much less than a solver.
     """
     if not program.quadratic:
         return warm_start
     if program.problem_class is not ProblemClass.QP or not program.compiled or program.pieces is not None:
         return False
     sides = program.features & {Feature.BOUNDS, Feature.INEQUALITY}
-    return not sides or factored_sparsely(program.hessian_pattern, program.jacobian_pattern)
+    patterns = program.hessian_pattern, program.jacobian_pattern
+    return not sides or large_and_sparse(*patterns) or by_bands(*patterns)
 
 
 def _quick(program: Program) -> list[Route]:

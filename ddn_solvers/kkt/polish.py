@@ -26,10 +26,9 @@ _CONVERGED = 1e-9  # relative step after which, the convergence being quadratic,
 _ROUNDING = 1e-13  # relative size of a step that is not worth taking
 _EXACT = 1e-12  # at points with no scaled residual above this
 _SIGN = 1e-11  # scaled slack or multiplier that counts as negative
-# How many sides may join or leave the active set of a tentative sample: in its first step, by number of variables; then
-# as a share of those of the step before, or so few. Measured on bounded regulators: what does not settle like that takes
-# more steps than a solver takes time.
-_FIRST, _SETTLING, _FEW = 0.05, 0.7, 4
+# How many sides may join or leave the active set in each step of a tentative sample: a share of those of the step before,
+# or so few. Measured on bounded regulators and smoothed signals: what settles more slowly takes longer than a solver.
+_SETTLING, _FEW = 0.5, 8
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ def polish(
     open_ = np.isfinite(best.scaled)
     whole, of_whole, last = None, working, working
     system, of = None, (np.zeros(0), working)
-    allowed = np.full(batch, _FIRST * start.z.shape[1])
+    allowed = np.full(batch, np.inf)
     for _ in range(_MAX_STEPS):
         samples = np.flatnonzero(open_)
         if not samples.size:

@@ -28,6 +28,7 @@ import torch
 from ddn_solvers.kkt.degenerate import Degenerate, LargeDegenerate
 from ddn_solvers.kkt.linear import (
     SINGULAR,
+    BandedSchur,
     Custom,
     DenseInverse,
     DenseLU,
@@ -40,7 +41,7 @@ from ddn_solvers.kkt.linear import (
     equilibrate,
     without_symmetry,
 )
-from ddn_solvers.kkt.operator import DENSE_LIMIT, Bordered, Dense, Operator, Sparse, factored_sparsely
+from ddn_solvers.kkt.operator import DENSE_LIMIT, Bordered, Dense, Operator, Sparse, by_bands, factored_sparsely
 from ddn_solvers.lowering.pattern import Matrices
 
 _REFINEMENTS = 4
@@ -107,7 +108,7 @@ class System:
     @property
     def convex(self) -> bool:
         """Whether factoring has shown that H is positive definite on the free variables of every sample."""
-        return isinstance(self._solver, Schur) and not self._repair and self._solver.convex(self._state)
+        return isinstance(self._solver, (Schur, BandedSchur)) and not self._repair and self._solver.convex(self._state)
 
     def _operator(self, matrix: torch.Tensor | Matrices | Operator) -> Operator:
         if isinstance(matrix, Operator):
@@ -209,7 +210,7 @@ class System:
             if bool((exact | self.singular).all()):
                 return solution
             solution = solution + self._factored(residual)
-        if not self._moved and not isinstance(self._solver, Schur):
+        if not self._moved and not isinstance(self._solver, (Schur, BandedSchur)):
             return solution  # as good as this solver gets
         afresh = System(
             self.hessian,
@@ -299,8 +300,9 @@ def _solver(choice: Any, transformed: bool, hessian: Any, jacobian: Any) -> Line
     if transformed:
         return DenseInverse()
     if choice == "auto":
-        sparse = isinstance(hessian, Matrices) and factored_sparsely(hessian.pattern, jacobian.pattern)
-        if sparse:
+        if isinstance(hessian, Matrices) and by_bands(hessian.pattern, jacobian.pattern):
+            return BandedSchur()
+        if isinstance(hessian, Matrices) and factored_sparsely(hessian.pattern, jacobian.pattern):
             return SparseLU()
         batch = len(hessian) if isinstance(hessian, (torch.Tensor, Matrices)) else 1
         return Schur() if batch * sum(jacobian.shape[-2:]) ** 2 >= _LARGE_BATCH else DenseLU()
