@@ -42,6 +42,7 @@ from ddn_solvers.errors import (
     warn_caller,
 )
 from ddn_solvers.solution import Status
+from ddn_solvers.threads import Threads
 
 if TYPE_CHECKING:
     import scipy.sparse as sp
@@ -107,6 +108,7 @@ class Options:
         deadline: When that is over, on ``time.monotonic``; kept by ``attempt`` between samples, and by
             ``Instance`` in methods that call back.
         isolate: Run the backend in a process of its own; adapters see nothing of it.
+        threads: How many torch may take; adapters see nothing of it.
         native: Options under the backend's own names; unknown ones are a ``ProblemError``.
     """
 
@@ -116,6 +118,7 @@ class Options:
     call_time_limit: float | None = None
     deadline: float = np.inf
     isolate: bool = False
+    threads: Threads = "auto"
     native: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -130,7 +130,7 @@ def _solve_elastic(
         initial=start,
         warm_start=None,
     )
-    return again, apply(Operation(relaxed, policy, again.find), blocks), bound
+    return again, apply(Operation(relaxed, policy, again.find, options.threads), blocks), bound
 
 
 def _taken(blocks: Sequence[torch.Tensor], samples: Index) -> list[torch.Tensor]:

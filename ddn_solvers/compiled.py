@@ -49,6 +49,7 @@ from ddn_solvers.program import Program, compile_program
 from ddn_solvers.routing import Solver, routes
 from ddn_solvers.search import Search
 from ddn_solvers.solve import as_options, conclude, warn_if_callbacks
+from ddn_solvers.threads import Threads
 
 _SECOND_ORDER = (
     "a compiled layer has no second derivative (create_graph=True, double backward): leave torch.compile out, eager has "
@@ -94,6 +95,7 @@ class Rule:
 
     program: Program
     policy: Policy
+    threads: Threads
 
     def __post_init__(self) -> None:
         self.number = _numbered(self)
@@ -123,14 +125,14 @@ class Front:
         """Whether graphs that were made for this front serve ``program``."""
         return program is self.program or _signature(program) == _signature(self.program)
 
-    def rule(self, program: Program, policy: Policy) -> Rule:
-        """The one rule of this program and policy; the layer remembers the last few."""
+    def rule(self, program: Program, policy: Policy, threads: Threads) -> Rule:
+        """The one rule with this content; the layer remembers the last few."""
         with _LOCK:
             for rule in self._rules:
-                if rule.program is program and rule.policy == policy:
+                if rule.program is program and (rule.policy, rule.threads) == (policy, threads):
                     break
             else:
-                rule = Rule(program, policy)
+                rule = Rule(program, policy, threads)
             self._rules = [*(r for r in self._rules if r is not rule), rule][-_MAX_RULES:]
             return rule
 
@@ -257,14 +259,15 @@ def _solve(
         initial=None,
         warm_start=None,
     )
-    operation = Operation(program, policy, search.find)
+    threads = search.options.threads
+    operation = Operation(program, policy, search.find, threads)
     with _eagerly():
         outputs = operation.run(blocks)
         conclude(search, binding, outputs, started)
     # Whole: of those that cannot be dropped a policy may speak.
     weak = operation.established().active.weak
     outputs = outputs._replace(weak=torch.from_numpy(weak.copy()))
-    return [*outputs, front.rule(program, policy).number.clone()]
+    return [*outputs, front.rule(program, policy, threads).number.clone()]
 
 
 @_solve.register_fake
@@ -302,9 +305,9 @@ def _adjoint(
     at = Outputs(*outputs)
     zeros = (torch.zeros_like(t) for t in (at.y, at.lower, at.upper, at.objective))
     with _eagerly():
-        operation = Operation.resumed(by.program, by.policy, blocks, at)
+        operation = Operation.resumed(by.program, by.policy, by.threads, blocks, at)
         check_derivative(by.policy, operation.established())
-        with operation.threads():
+        with operation.limited():
             return vjp(operation, blocks, at, Cotangents(v.contiguous(), *zeros))
 
 

@@ -26,7 +26,7 @@ from ddn_solvers.policy import Policy
 from ddn_solvers.program import Program
 from ddn_solvers.residuals import Bound, Evaluation, PrimalDual
 from ddn_solvers.solution import Status
-from ddn_solvers.threads import threads
+from ddn_solvers.threads import Threads, limited
 from ddn_solvers.transforms import (
     is_transformed,
     one_by_one,
@@ -63,6 +63,7 @@ class Operation:
         program: The compiled problem.
         policy: For degenerate derivatives.
         find: Parameter blocks, (B, size) or shared (size,), to verified points.
+        threads: How many torch may take for it.
         verified: Set by ``run``: what was established about the points, as the policy wants them differentiated.
         failed: Set by ``run``: some sample has no derivative (masked or NaN).
         any_singular: Set by ``run``: some KKT matrix is singular, with or without weakly active rows.
@@ -71,6 +72,7 @@ class Operation:
     program: Program
     policy: Policy
     find: Callable[[tuple[Array, ...]], Verified]
+    threads: Threads = "auto"
     verified: Verified | None = None
     failed: bool = False
     any_singular: bool = False
@@ -78,7 +80,12 @@ class Operation:
 
     @classmethod
     def resumed(
-        cls, program: Program, policy: Policy, blocks: Sequence[torch.Tensor], outputs: Outputs
+        cls,
+        program: Program,
+        policy: Policy,
+        threads: Threads,
+        blocks: Sequence[torch.Tensor],
+        outputs: Outputs,
     ) -> Operation:
         """The operation that returned ``outputs`` for ``blocks``, with what its backward needs to know."""
         at = {name: tensor.numpy() for name, tensor in outputs._asdict().items()}
@@ -90,16 +97,16 @@ class Operation:
         active = ActiveSet(at["sides"], at["weak"], unknown, program.equality.size, program.variables.size)
         status = tuple(Status.OPTIMAL if good else Status.NOT_A_KKT_POINT for good in at["converged"])
         verified = Verified(evaluation, active, at["singular"][:, 0], unknown, status, ("",) * len(status))
-        return cls(program, policy, _not_again, verified)
+        return cls(program, policy, _not_again, threads, verified)
 
     def run(self, blocks: Sequence[torch.Tensor]) -> Outputs:
         """Find the points; see ``Outputs``."""
-        with self.threads():
+        with self.limited():
             return outputs_of(self, self.find(tuple(block.detach().numpy() for block in blocks)))
 
-    def threads(self) -> AbstractContextManager[None]:
-        """Within it torch has as many threads as the policy says."""
-        return threads(self.policy, self.program.variables.size + self.program.constraints)
+    def limited(self) -> AbstractContextManager[None]:
+        """Within it torch has as many ``threads``."""
+        return limited(self.threads, self.program.variables.size + self.program.constraints)
 
     def established(self) -> Verified:
         """``verified``, after ``run``."""
@@ -242,7 +249,7 @@ class _Implicit(torch.autograd.Function):
         ]
 
         def gradients(*v: torch.Tensor) -> list[torch.Tensor]:
-            with operation.threads():
+            with operation.limited():
                 if torch.is_grad_enabled() or any(map(is_transformed, (*blocks, *v))):
                     refuse_batched_tangents((*blocks, *outputs[:_DIFFERENTIABLE], *v))
                     linearisation = _torch_linearisation(operation, blocks, outputs)
@@ -261,7 +268,7 @@ class _Implicit(torch.autograd.Function):
         full = [torch.zeros_like(b) if t is None else t for t, b in zip(tangents, blocks, strict=True)]
 
         def changes(*full: torch.Tensor) -> list[torch.Tensor]:
-            with operation.threads():
+            with operation.limited():
                 if operation.depends_on_direction():
                     found = _Directional.apply(operation, *full)  # type: ignore[no-untyped-call]  # torch leaves it untyped
                 else:

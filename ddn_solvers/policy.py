@@ -51,11 +51,8 @@ class Policy:
             ``(matrix, rhs) -> solution`` on (B, N, N) and (B, N) tensors. ``"auto"``: sparse from 200 unknowns
             on if at most 2 % of the matrix are nonzeros, or all are near the diagonal; otherwise dense, for large
             batches by the Cholesky factors of Hessian and Schur complement where the Hessian is positive
-            definite. Which samples are singular does not depend on the choice. Higher derivatives,
-            torch.func transforms and ``smoothing`` use dense algebra.
-        threads: How many threads torch may use inside a call and its derivatives, whatever it is set to (which
-            is put back): a number, or ``None`` for as many as it is set to. ``"auto"``: one for KKT matrices of up
-            to 500 rows. NumPy's own BLAS is not told.
+            definite. Which samples are singular does not depend on the choice. Higher derivatives, torch.func transforms and ``smoothing``
+            use dense algebra.
 
     Raises:
         ProblemError: An unknown choice, or a number that is negative or not finite.
@@ -70,7 +67,6 @@ class Policy:
     accuracy: float = 1e-6
     active_tol: float | None = None
     linear_solver: str | Callable[..., Any] = "auto"
-    threads: int | str | None = "auto"
 
     def __post_init__(self) -> None:
         for field, choices in _CHOICES.items():
@@ -86,13 +82,6 @@ class Policy:
                 "policy.linear_solver is not a known choice",
                 expected="a callable or one of " + ", ".join(map(repr, _LINEAR_SOLVERS)),
                 got=repr(self.linear_solver),
-            )
-        whole = isinstance(self.threads, int) and not isinstance(self.threads, bool) and self.threads > 0
-        if not whole and self.threads not in ("auto", None):
-            raise ProblemError(
-                "policy.threads is not a known choice",
-                expected="'auto', a positive int or None",
-                got=repr(self.threads),
             )
         for field, zero_allowed in (
             ("proximal", False),

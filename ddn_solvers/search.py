@@ -125,7 +125,7 @@ class Search:
             deadline = time.monotonic() + self.options.call_time_limit
             self.options = replace(self.options, deadline=deadline)
         refusal: BackendCannotSolve | None = None
-        if self.newton_first and not self.options.native:
+        if self.newton_first and not self.options.native and not self.options.isolate:
             self._newton(given, bound, best, open_)
         attempts = self._attempts()
         for route in attempts:
@@ -279,6 +279,7 @@ class Search:
             i = samples[near[k]]
             best.put(i, verified.evaluation.point, int(k))
             self.backend[i], self.method[i] = "ddn_solvers", "newton"
+            self.iterations[i] = int(polished.steps[near[k]])
             self.status[i], open_[i] = Status.OPTIMAL, False
 
     def _warm(self, samples: Index) -> list[Point] | None:

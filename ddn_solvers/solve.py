@@ -62,8 +62,9 @@ def solve(
             backend.
         options: ``max_iter``, ``time_limit`` (seconds a sample), ``call_time_limit`` (seconds for
             all samples and retries together), ``tolerance``, ``isolate`` (``True``: the
-            backend runs in a process of its own, which may crash or be ended), and native options of the
-            backend.
+            backend runs in a process of its own, which may crash or be ended), ``threads`` (how many torch may
+            use in the call and its derivatives: a number, ``"all"`` that it is set to, or ``"auto"``: one for KKT
+            matrices of up to 500 rows), and native options of the backend.
         policy: What to do about failures and degenerate derivatives.
 
     Returns:
@@ -109,7 +110,10 @@ def solve_captured(
         warm_start=_warm_points(program, warm_start, binding),
         newton_first=solver == "auto" and newton_first(program, warm_start is not None),
     )
-    outputs, closest = apply(Operation(program, policy, search.find), binding.blocks), None
+    outputs, closest = (
+        apply(Operation(program, policy, search.find, call_options.threads), binding.blocks),
+        None,
+    )
     if policy.on_failure == "closest":
         outputs, closest = replace_infeasible(search, binding, outputs, solver)
     return conclude(search, binding, outputs, started, closest)
@@ -169,7 +173,13 @@ def as_options(options: Mapping[str, Any] | None) -> Options:
     isolate = native.pop("isolate", False)
     if not isinstance(isolate, bool):
         raise ProblemError("option 'isolate' is not valid", expected="True or False", got=repr(isolate))
-    return Options(**limits, isolate=isolate, native=native)
+    threads = native.pop("threads", "auto")
+    count = isinstance(threads, int) and not isinstance(threads, bool) and threads > 0
+    if not count and threads not in ("auto", "all"):
+        raise ProblemError(
+            "option 'threads' is not valid", expected="'auto', 'all' or a positive int", got=repr(threads)
+        )
+    return Options(**limits, isolate=isolate, threads=threads, native=native)
 
 
 def _warm_points(program: Program, warm_start: Solution | None, binding: Binding) -> list[Point] | None:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ddn_solvers.policy import Policy
+Threads = int | str  # a number; "all": what torch is set to; "auto": one where matrices are small, else all
 
 _SMALL = 500  # rows of a KKT matrix up to which one thread is enough
 
@@ -22,19 +22,18 @@ _calls, _before = 0, 1
 
 
 @contextmanager
-def threads(policy: Policy, rows: int) -> Iterator[None]:
-    """As many threads as the policy says for KKT matrices of so many ``rows``, and afterwards as before."""
+def limited(threads: Threads, rows: int) -> Iterator[None]:
+    """So many threads for KKT matrices of so many ``rows``, and afterwards as before."""
     global _calls, _before
-    count = policy.threads
-    if count == "auto":
-        count = 1 if rows <= _SMALL else None
-    if count is None:
+    if threads == "auto":
+        threads = 1 if rows <= _SMALL else "all"
+    if not isinstance(threads, int):
         yield
         return
     with _lock:  # several calls at once, of several Python threads: the first one knows what was set
         _before = torch.get_num_threads() if _calls == 0 else _before
         _calls += 1
-    torch.set_num_threads(int(count))
+    torch.set_num_threads(threads)
     try:
         yield
     finally:

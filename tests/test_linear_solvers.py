@@ -13,7 +13,7 @@ import torch
 
 import ddn_solvers as ddn
 from ddn_solvers.inertia import negative_eigenvalues, positive_definite
-from ddn_solvers.kkt.linear import SINGULAR, Schur, SparseLU, least_squares
+from ddn_solvers.kkt.linear import SINGULAR, BandedSchur, Schur, SparseLU, least_squares
 from ddn_solvers.kkt.system import System
 from ddn_solvers.lowering.pattern import Matrices, Pattern
 
@@ -183,6 +183,60 @@ def test_refinement_pays_where_the_hessian_is_nearly_singular_and_the_whole_matr
     assert np.abs(refined - x).max() < 1e-13 * np.abs(x).max() + 1e-14
 
 
+# -- bands ---------------------------------------------------------------------------------------------
+
+
+def horizon(batch: int, steps: int = 30, states: int = 4, seed: int = 11) -> tuple[Any, ...]:
+    """Rows s_t - A s_{t-1} - B u_t of linear dynamics and bounds on sums of forces, H diagonal; masks."""
+    rng = np.random.default_rng(seed)
+    n, m = steps * (states + 2), steps * states
+    J = np.zeros((batch, m + steps, n))
+    for t in range(steps):
+        rows, now = slice(t * states, (t + 1) * states), t * (states + 2)
+        J[:, rows, now : now + states] = np.eye(states)
+        J[:, rows, now + states : now + states + 2] = rng.normal(size=(batch, states, 2))
+        if t:
+            J[:, rows, now - states - 2 : now - 2] = rng.normal(size=(batch, states, states))
+        J[:, m + t, now + states : now + states + 2] = 1.0
+    H = rng.uniform(0.1, 3.0, size=(batch, n))[:, :, None] * np.eye(n)
+    fixed = (rng.random((batch, n)) < 0.3) & (np.arange(n) % (states + 2) == states)  # some of the forces
+    active = (rng.random((batch, m + steps)) < 0.3) | (np.arange(m + steps) < m)
+    active[:, m:] &= ~fixed[:, states :: states + 2]
+    return H, J, torch.from_numpy(active), torch.from_numpy(fixed)
+
+
+def test_a_band_of_mixed_active_sets() -> None:
+    H, J, active, fixed = horizon(20)
+    rhs = right_hand_sides(20, H.shape[1], J.shape[1])
+    system = System(with_pattern(H), with_pattern(J), active, fixed)
+    assert isinstance(system._solver, BandedSchur)
+    assert system.convex
+    step, plain = system.solve(*rhs), System(torch.from_numpy(H), torch.from_numpy(J), active, fixed)
+    for found, other in zip(vars(step).values(), vars(plain.solve(*rhs)).values(), strict=True):
+        torch.testing.assert_close(found, other, rtol=0, atol=1e-12 * float(other.abs().max()))
+    ratio = system.condition / plain.condition
+    assert ((ratio > 0.1) & (ratio < 10)).all()
+
+
+def test_samples_without_a_band_factor_are_left_to_sparse_lu() -> None:
+    """One whose H is negative somewhere, one with a variable that only rows hold, one with a repeated row."""
+    H, J, active, fixed = horizon(6)
+    H[1, 7, 7], H[2, 0, 0] = -1.0, 1e-9
+    active[:, 120:] = False
+    J[3, 121], active[3, 120:122] = J[3, 120], True
+    J[:, 121, :6] += 1e-300  # in the pattern
+    rhs = right_hand_sides(6, H.shape[1], J.shape[1])
+    system = System(with_pattern(H), with_pattern(J), active, fixed)
+    assert isinstance(system._solver, BandedSchur)
+    assert system.singular.tolist() == [False, False, False, True, False, False]
+    assert not system.convex
+    good = [0, 1, 2, 4, 5]
+    x, t = reference(H[good], J[good], active[good], fixed[good], *(r[good] for r in rhs))
+    step = system.solve(*rhs)
+    np.testing.assert_allclose(step.x[good], x, rtol=0, atol=1e-11 * np.abs(x).max())
+    np.testing.assert_allclose(step.t[good], t, rtol=0, atol=1e-11 * np.abs(t).max())
+
+
 # -- large and sparse ----------------------------------------------------------------------------------
 
 
@@ -271,6 +325,24 @@ def test_products_of_matrices_with_a_pattern() -> None:
         np.testing.assert_allclose(matrices.row_norms(), np.linalg.norm(dense, axis=2), atol=1e-14)
         np.testing.assert_array_equal(matrices.largest(), np.abs(dense).max(axis=(1, 2)))
         np.testing.assert_array_equal(matrices.dense, dense)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 70])
+def test_products_of_many_nonzeros_are_those_of_each_sample(
+    batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one block-diagonal matrix, several times; a sample that is not finite does not touch the others."""
+    monkeypatch.setattr("ddn_solvers.lowering.pattern._BLOCK", 20_000)
+    rng = np.random.default_rng(10)
+    dense = rng.normal(size=(batch, 300, 200)) * (rng.random((300, 200)) < 0.1)
+    dense[-1, dense[-1] != 0] *= np.inf if batch > 1 else 1.0
+    matrices = with_pattern(dense)
+    x, y = rng.normal(size=(batch, 200)), rng.normal(size=(batch, 300))
+    good = slice(None, -1 if batch > 1 else None)
+    for product, sparse in ((matrices.times(x), "bij,bj->bi"), (matrices.transposed_times(y), "bij,bi->bj")):
+        expected = np.einsum(sparse, dense[good], (x if "bj->" in sparse else y)[good])
+        np.testing.assert_allclose(product[good], expected, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(matrices.row_sums()[good], dense[good].sum(axis=2), rtol=0, atol=1e-12)
 
 
 # -- through the public interface ----------------------------------------------------------------------

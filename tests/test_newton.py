@@ -1,4 +1,6 @@
-"""The batched Newton's method: what auto tries first on small problems with equality constraints alone."""
+"""What "auto" tries before a solver: the batched Newton's method, and Newton steps on the active set of a QP."""
+
+import threading
 
 import pytest
 import torch
@@ -184,3 +186,152 @@ def test_minima_are_those_of_the_valley_in_which_it_starts() -> None:
     ours, other = (ddn.solve(problem, x, solver=solver) for solver in ("newton", "casadi:ipopt"))
     assert ours.converged.all()
     assert (ours.objective - other.objective).mean() < 0.1
+
+
+# -- quadratic programs --------------------------------------------------------------------------------
+
+
+def regulator(limit: float, steps: int = 30) -> ddn.Problem:
+    """Two states, one force, a horizon: a band."""
+
+    def dynamics(s: torch.Tensor, u: torch.Tensor, A: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        before = torch.cat([x[None], s[:-1]])
+        return s - before @ A.T - 0.1 * torch.stack([0 * u, u], dim=-1)
+
+    return ddn.Problem(
+        {"s": (steps * 4, 2), "u": (steps * 4,)},
+        {"A": (2, 2), "x": (2,)},
+        lambda s, u: s.square().sum() + 0.1 * u.square().sum(),
+        equality={"dynamics": dynamics},
+        bounds={"u": (-limit, limit)},
+    )
+
+
+def regulated() -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(5)
+    A = torch.tensor([[1.0, 0.1], [0.05, 0.98]], dtype=D).expand(6, 2, 2).clone()
+    return {"A": A.requires_grad_(), "x": torch.randn(6, 2, generator=g, dtype=D).requires_grad_()}
+
+
+@pytest.mark.parametrize(("limit", "by_steps"), [(100.0, 6), (2.0, 3)])
+def test_a_horizon_is_solved_by_newton_steps_where_its_active_set_settles(
+    limit: float, by_steps: int
+) -> None:
+    """With DAQP's points and gradients; what does not settle goes to it."""
+    found = {}
+    for solver in ("auto", "casadi:daqp"):
+        p = regulated()
+        solution = ddn.solve(regulator(limit), p, solver=solver)
+        cotangent = torch.linspace(-1, 1, solution["u"].numel(), dtype=D).reshape(solution["u"].shape)
+        found[solver] = (
+            solution["u"],
+            *torch.autograd.grad((cotangent * solution["u"]).sum(), list(p.values())),
+        )
+        if solver == "auto":
+            assert solution.stats.backend.count("ddn_solvers") >= by_steps
+            assert solution.stats.method.count("newton") >= by_steps
+    for ours, other in zip(*found.values(), strict=True):
+        torch.testing.assert_close(ours, other, rtol=0, atol=1e-9)
+
+
+def test_an_active_set_that_does_not_settle_is_left_to_a_solver() -> None:
+    solution = ddn.solve(regulator(0.05), regulated())
+    assert "ddn_solvers" not in solution.stats.backend
+    assert solution.converged.all()
+
+
+def test_a_qp_without_sides_needs_no_backend() -> None:
+    problem = ddn.Problem(
+        {"u": (20,)}, {"x": (20,)}, lambda u, x: (u - x).square().sum(), {"sum": lambda u: u.sum() - 1}
+    )
+    x = inputs(3)["x"].requires_grad_()
+    solution = ddn.solve(problem, {"x": x}, initial={"u": torch.ones(20, dtype=D)})
+    assert solution.stats.backend == ("ddn_solvers",) * 3
+    exact = x - (x.sum(1, keepdim=True) - 1) / 20
+    torch.testing.assert_close(solution["u"], exact, rtol=0, atol=1e-14)
+    (gradient,) = torch.autograd.grad(solution["u"][:, 0].sum(), x)
+    torch.testing.assert_close(gradient[0], torch.eye(20, dtype=D)[0] - 1 / 20, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("flat", [True, False], ids=["flat", "saddle"])
+def test_a_qp_without_one_minimum_is_left_to_backends(flat: bool) -> None:
+    """They, or the verification, say what it is: one of many, or none."""
+    weight = torch.tensor([1.0, 0.0 if flat else -1.0], dtype=D)
+    problem = ddn.Problem({"u": (2,)}, {"x": (2,)}, lambda u, x: (weight * (u - x) ** 2).sum())
+    policy = ddn.Policy(on_failure="mask", on_singular="proximal")
+    solution = ddn.solve(problem, {"x": torch.ones(2, dtype=D)}, policy=policy)
+    assert solution.stats.backend != ("ddn_solvers",)
+    assert solution.converged.item() is flat
+
+
+def test_a_guess_that_is_off_by_next_to_nothing_is_still_moved() -> None:
+    problem = ddn.Problem({"u": (2,)}, {"x": (2,)}, lambda u, x: (u - x).square().sum())
+    x = torch.tensor([1e-300, -1e-20], dtype=D)
+    torch.testing.assert_close(ddn.solve(problem, {"x": x})["u"], x, rtol=1e-15, atol=0)
+
+
+# -- threads -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def watched(seen: list[int], n: int = 2) -> ddn.Problem:
+    """A problem that torch has to evaluate, and that notes with how many threads."""
+
+    def objective(u: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.get_num_threads())
+        return (u - x).square().sum() if u.sum() < torch.inf else u.sum()
+
+    return ddn.Problem({"u": (n,)}, {"x": (n,)}, objective)
+
+
+@pytest.mark.filterwarnings("ignore::ddn_solvers.FallbackWarning")
+@pytest.mark.parametrize(("threads", "expected"), [(None, 1), ("auto", 1), ("all", 3), (2, 2)])
+def test_a_small_call_and_its_gradient_take_one_thread_and_put_back_what_was(
+    three_threads: None, threads: int | str | None, expected: int
+) -> None:
+    seen: list[int] = []
+    x = torch.ones(2, dtype=D, requires_grad=True)
+    options = {} if threads is None else {"threads": threads}
+    solution = ddn.solve(watched(seen), {"x": x}, options=options)
+    del seen[:-1]  # the trace is no part of the call
+    torch.autograd.grad(solution["u"].sum(), x)
+    assert set(seen) == {expected}
+    assert torch.get_num_threads() == 3
+
+
+def test_threads_are_put_back_after_an_error_and_by_the_last_of_several_calls(three_threads: None) -> None:
+    problem = ddn.Problem({"u": (2,)}, {"x": (2,)}, lambda u, x: -(u - x).square().sum())
+    x = torch.ones(2, dtype=D)
+    with pytest.raises(ddn.SolveError):
+        ddn.solve(problem, {"x": x})
+    assert torch.get_num_threads() == 3
+
+    def call() -> None:
+        for _ in range(5):
+            ddn.solve(SPHERE, inputs(3), initial=start(3))
+
+    workers = [threading.Thread(target=call) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    count: list[int] = []
+    later = threading.Thread(target=lambda: count.append(torch.get_num_threads()))
+    later.start()
+    later.join()
+    assert [torch.get_num_threads(), *count] == [3, 3]
+
+
+@pytest.mark.parametrize("threads", [0, -1, True, 1.5, "many"])
+def test_a_number_of_threads_that_is_none(threads: object) -> None:
+    with pytest.raises(
+        ddn.ProblemError, match="option 'threads' is not valid; expected 'auto', 'all' or a positive"
+    ):
+        ddn.solve(SPHERE, inputs(1), options={"threads": threads})

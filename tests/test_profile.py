@@ -13,6 +13,7 @@ def test_the_parts_of_a_call_add_up_and_are_told():
         {"u": (3,), "t": ()},
         {"x": (3,), "r": ()},
         lambda u, t, x, r: scale * (u - x).square().sum() + (t - r) ** 2,
+        bounds={"u": (0, None)},
     )
     layer = ddn.DeclarativeLayer(problem)
     x = torch.randn(4, 3, dtype=D, requires_grad=True)

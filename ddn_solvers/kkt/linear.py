@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Final
 import numpy as np
 import torch
 
-from ddn_solvers.arrays import Array
+from ddn_solvers.arrays import Array, Mask
 from ddn_solvers.kkt.operator import Bordered, Formed, Operator, Sparse, banded
 from ddn_solvers.lowering.pattern import Matrices
 
@@ -181,7 +181,7 @@ def _nonzeros(operator: Operator) -> Matrices:
     return operator.matrices
 
 
-def _cholesky_of_bands(S: Array) -> tuple[Array, Array]:
+def _cholesky_of_bands(S: Array) -> tuple[Array, Mask]:
     """Factors of (B, m, width + 1) lower bands, in their place, and which of them are positive definite, (B,)."""
     from scipy.linalg.lapack import dpbtrf
 

@@ -377,7 +377,11 @@ def banded(border: Pattern) -> Band:
     # Every pair of nonzeros of a column.
     count = np.diff(border.indptr)[border.columns]
     first = np.repeat(np.arange(border.nnz), count)
-    second = border.indptr[border.columns[first]] + np.arange(len(first)) - np.repeat(np.cumsum(count) - count, count)
+    second = (
+        border.indptr[border.columns[first]]
+        + np.arange(len(first))
+        - np.repeat(np.cumsum(count) - count, count)
+    )
     lower = row[first] >= row[second]
     first, second = first[lower], second[lower]
     width = int((row[first] - row[second]).max(initial=0))

@@ -44,6 +44,7 @@ class Polished:
         system: The last factored system of the whole batch.
         working: Its active set.
         last: The active set of each sample's last step, to which ``singular`` and ``condition`` belong.
+        steps: How many each sample has taken or tried, (B,).
     """
 
     evaluation: Evaluation
@@ -53,6 +54,7 @@ class Polished:
     system: System | None
     working: ActiveSet
     last: ActiveSet
+    steps: Index
 
     def take(self, samples: Index) -> Polished:
         """Some samples, by index; of all of them, itself with its system."""
@@ -66,6 +68,7 @@ class Polished:
             None,
             self.working.take(samples),
             self.last.take(samples),
+            self.steps[samples],
         )
 
 
@@ -98,8 +101,7 @@ def polish(
     singular = np.zeros(batch, dtype=bool)
     open_ = np.isfinite(best.scaled)
     whole, of_whole, last = None, working, working
-    system, of = None, (np.zeros(0), working)
-    allowed = np.full(batch, np.inf)
+    allowed, known, steps = np.full(batch, np.inf), None, np.zeros(batch, dtype=np.intp)
     for _ in range(_MAX_STEPS):
         samples = np.flatnonzero(open_)
         if not samples.size:
@@ -111,9 +113,10 @@ def polish(
         if not defined.all():  # at the zero of a norm that holds nothing
             open_[samples[~defined]] = False
             continue
-        same = program.quadratic and np.array_equal(samples, of[0]) and np.array_equal(active.sides, of[1].sides)
-        if system is None or not same:
-            system, of = kkt_system(here, active, linear_solver=linear_solver), (samples, active)
+        # All that the system of an LP or QP depends on.
+        content = (samples.tobytes(), active.sides.tobytes()) if program.quadratic else None
+        if content is None or content != known:
+            system, known = kkt_system(here, active, linear_solver=linear_solver), content
         lost = system.singular.numpy() & tentative
         if lost.any():
             open_[samples[lost]] = False
@@ -125,6 +128,8 @@ def polish(
         predicted[samples] = step.size
         singular[samples], condition[samples] = system.singular.numpy(), system.condition.numpy()
         exact = step.rounding & (before.scaled <= _EXACT)
+        exact &= (steps[samples] > 0) | (not tentative)  # the first step of a guess is taken, however small
+        steps[samples] += 1
         if exact.all():  # as active-set methods leave a QP
             break
         tried = _taken(here, active, step)
@@ -139,10 +144,14 @@ def polish(
         best = _put_evaluation(best, samples, tried, better)
         open_[samples] = changed | (better & (predicted[samples] > _CONVERGED))
         if tentative:
-            count = (corrected.sides != active.sides).sum(axis=1)
-            lost = changed & (count > np.maximum(allowed[samples], _FEW))
-            allowed[samples], open_[samples[lost]], predicted[samples[lost]] = _SETTLING * count, False, np.inf
-    return Polished(best, predicted, singular, condition, whole, of_whole, last)
+            moving = (corrected.sides != active.sides).sum(axis=1)
+            lost = changed & (moving > np.maximum(allowed[samples], _FEW))
+            allowed[samples], open_[samples[lost]], predicted[samples[lost]] = (
+                _SETTLING * moving,
+                False,
+                np.inf,
+            )
+    return Polished(best, predicted, singular, condition, whole, of_whole, last, steps)
 
 
 def _where_finite(before: Evaluation, after: Evaluation) -> Evaluation:

@@ -41,7 +41,15 @@ from ddn_solvers.kkt.linear import (
     equilibrate,
     without_symmetry,
 )
-from ddn_solvers.kkt.operator import DENSE_LIMIT, Bordered, Dense, Operator, Sparse, by_bands, factored_sparsely
+from ddn_solvers.kkt.operator import (
+    DENSE_LIMIT,
+    Bordered,
+    Dense,
+    Operator,
+    Sparse,
+    by_bands,
+    factored_sparsely,
+)
 from ddn_solvers.lowering.pattern import Matrices
 
 _REFINEMENTS = 4
@@ -108,7 +116,11 @@ class System:
     @property
     def convex(self) -> bool:
         """Whether factoring has shown that H is positive definite on the free variables of every sample."""
-        return isinstance(self._solver, (Schur, BandedSchur)) and not self._repair and self._solver.convex(self._state)
+        return (
+            isinstance(self._solver, (Schur, BandedSchur))
+            and not self._repair
+            and self._solver.convex(self._state)
+        )
 
     def _operator(self, matrix: torch.Tensor | Matrices | Operator) -> Operator:
         if isinstance(matrix, Operator):

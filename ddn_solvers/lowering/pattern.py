@@ -70,13 +70,13 @@ class Pattern:
         return Runs.of(np.diff(self.indptr))
 
     @cached_property
-    def _diagonal_blocks(self) -> tuple[int, Index, Index]:
+    def _diagonal_blocks(self) -> tuple[int, Any, Any]:
         """How many matrices a block-diagonal one takes, and its indices and indptr, which begin with those of fewer."""
-        count = max(1, _BLOCK // max(1, self.nnz))
+        count = max(1, _BLOCK // max(1, self.nnz, *self.shape))
         number = np.arange(count)[:, None]
         indices = (self.indices + self.shape[0] * number).astype(np.int32).reshape(-1)
         ends = (self.indptr[1:] + self.nnz * number).astype(np.int32).reshape(-1)
-        return count, indices, np.concatenate([np.zeros(1, dtype=np.int32), ends])
+        return count, indices, np.concatenate([np.zeros_like(ends[:1]), ends])
 
     def product(self, nonzeros: Array, x: Array, transposed: bool = False) -> Array:
         """M x, or M^T x, of each sample: (B, nnz) and (B, columns) -> (B, rows), or the other way round."""
