@@ -9,7 +9,8 @@ from dataclasses import replace
 from ddn_solvers import registry
 from ddn_solvers.adapter import Feature, ProblemClass
 from ddn_solvers.errors import BackendCannotSolve, BackendNotFound, BackendNotInstalled, ProblemError
-from ddn_solvers.kkt.operator import by_bands, large_and_sparse
+from ddn_solvers.kkt.bands import by_bands
+from ddn_solvers.kkt.operator import large_and_sparse
 from ddn_solvers.program import Program
 from ddn_solvers.search import Form, Route, Start
 
@@ -117,7 +118,7 @@ def newton_first(program: Program, warm_start: bool) -> bool:
         return False
     sides = program.features & {Feature.BOUNDS, Feature.INEQUALITY}
     patterns = program.hessian_pattern, program.jacobian_pattern
-    return not sides or large_and_sparse(*patterns) or by_bands(*patterns)
+    return not sides or large_and_sparse(*patterns) or by_bands(*patterns) is not None
 
 
 def _quick(program: Program) -> list[Route]:

@@ -186,8 +186,8 @@ def test_refinement_pays_where_the_hessian_is_nearly_singular_and_the_whole_matr
 # -- bands ---------------------------------------------------------------------------------------------
 
 
-def horizon(batch: int, steps: int = 30, states: int = 4, seed: int = 11) -> tuple[Any, ...]:
-    """Rows s_t - A s_{t-1} - B u_t of linear dynamics and bounds on sums of forces, H diagonal; masks."""
+def horizon(batch: int, blocks: bool, steps: int = 30, states: int = 4, seed: int = 11) -> tuple[Any, ...]:
+    """Rows s_t - A s_{t-1} - B u_t of linear dynamics and bounds on sums of forces; H, diagonal or not; masks."""
     rng = np.random.default_rng(seed)
     n, m = steps * (states + 2), steps * states
     J = np.zeros((batch, m + steps, n))
@@ -199,14 +199,22 @@ def horizon(batch: int, steps: int = 30, states: int = 4, seed: int = 11) -> tup
             J[:, rows, now - states - 2 : now - 2] = rng.normal(size=(batch, states, states))
         J[:, m + t, now + states : now + states + 2] = 1.0
     H = rng.uniform(0.1, 3.0, size=(batch, n))[:, :, None] * np.eye(n)
+    if blocks:  # of the states of one time, of the forces of another: sizes 4 and 1, or 2
+        for t in range(steps):
+            some = slice(t * (states + 2), t * (states + 2) + states)
+            if t % 3 == 1:
+                some = slice(some.stop, some.stop + 2)
+            root = rng.normal(size=(batch, some.stop - some.start, some.stop - some.start))
+            H[:, some, some] += root @ root.transpose(0, 2, 1)
     fixed = (rng.random((batch, n)) < 0.3) & (np.arange(n) % (states + 2) == states)  # some of the forces
     active = (rng.random((batch, m + steps)) < 0.3) | (np.arange(m + steps) < m)
     active[:, m:] &= ~fixed[:, states :: states + 2]
     return H, J, torch.from_numpy(active), torch.from_numpy(fixed)
 
 
-def test_a_band_of_mixed_active_sets() -> None:
-    H, J, active, fixed = horizon(20)
+@pytest.mark.parametrize("blocks", [False, True])
+def test_a_band_of_mixed_active_sets(blocks: bool) -> None:
+    H, J, active, fixed = horizon(20, blocks)
     rhs = right_hand_sides(20, H.shape[1], J.shape[1])
     system = System(with_pattern(H), with_pattern(J), active, fixed)
     assert isinstance(system._solver, BandedSchur)
@@ -218,9 +226,10 @@ def test_a_band_of_mixed_active_sets() -> None:
     assert ((ratio > 0.1) & (ratio < 10)).all()
 
 
-def test_samples_without_a_band_factor_are_left_to_sparse_lu() -> None:
+@pytest.mark.parametrize("blocks", [False, True])
+def test_samples_without_a_band_factor_are_left_to_sparse_lu(blocks: bool) -> None:
     """One whose H is negative somewhere, one with a variable that only rows hold, one with a repeated row."""
-    H, J, active, fixed = horizon(6)
+    H, J, active, fixed = horizon(6, blocks)
     H[1, 7, 7], H[2, 0, 0] = -1.0, 1e-9
     active[:, 120:] = False
     J[3, 121], active[3, 120:122] = J[3, 120], True

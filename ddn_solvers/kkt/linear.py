@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from ddn_solvers.arrays import Array, Mask
-from ddn_solvers.kkt.operator import Bordered, Formed, Operator, Sparse, banded
+from ddn_solvers.kkt.bands import Structure
+from ddn_solvers.kkt.operator import Bordered, Formed, Operator, Sparse
 from ddn_solvers.lowering.pattern import Matrices
 
 # Beyond this condition number (after equilibration) the solution of a system is rounding error.
@@ -135,58 +136,59 @@ def _alike(pivots: torch.Tensor) -> torch.Tensor:
 
 
 class BandedSchur(LinearSolver):
-    """``Schur`` where H is diagonal and A H^-1 A^T a band: LAPACK's band Cholesky. Arrays only.
+    """``Schur`` where H is in small blocks and S a band: LAPACK's band Cholesky. Arrays only.
 
-    So are most horizons and chains whose states are variables. A tenth of the work of a sparse LU.
+    Samples for which that is no good are left to sparse LU, which takes five to ten times as long.
     """
 
     sparse = True
     refine = True
 
+    def __init__(self, structure: Structure) -> None:
+        self._structure = structure
+
     def init(self, K: Bordered) -> Any:
-        A, d = _nonzeros(K.border), K.diagonal.numpy()
-        curvature = _nonzeros(K.hessian).nonzeros + d[:, : K.n]
-        band, corner = banded(A.pattern), np.abs(d[:, K.n :])
-        with np.errstate(all="ignore"):  # a sample that is no good is left to LU
-            S = band.product(A.nonzeros / np.sqrt(curvature)[:, A.pattern.columns])
-        S[:, :, 0] += corner[:, band.order]
-        factors, good = _cholesky_of_bands(S)
-        good &= (_alike(torch.from_numpy(curvature)) & _alike(torch.from_numpy(factors[:, :, 0]))).numpy()
+        structure, diagonal = self._structure, K.diagonal.numpy()
+        with np.errstate(all="ignore"):  # of a sample that is no good
+            L = structure.factors(_nonzeros(K.hessian), diagonal[:, : K.n])
+            V = Matrices(structure.V, structure.border(L, _nonzeros(K.border)))
+            S = structure.band(V.nonzeros)
+        S[:, :, 0] += np.abs(diagonal[:, K.n :])[:, structure.order]
+        positive = _cholesky_of_bands(S)
+        good = positive & (_alike(structure.pivots(L)) & _alike(torch.from_numpy(S[:, :, 0]))).numpy()
         others, lu = np.flatnonzero(~good), SparseLU()
-        return A, curvature, band, factors, others, lu, lu.init(K.take(others)) if others.size else None
+        return L, V, S, others, lu, lu.init(K.take(others)) if others.size else None
 
     def convex(self, state: Any) -> bool:
         """Whether every H has been factored so."""
-        return not state[4].size
+        return not state[3].size
 
     def compute(self, state: Any, rhs: torch.Tensor) -> torch.Tensor:
         from scipy.linalg.lapack import dpbtrs
 
-        A, curvature, band, factors, others, lu, factored = state
-        n, right = curvature.shape[1], rhs.numpy()
-        u = right[:, :n] / curvature
-        t = np.empty((len(right), A.shape[0]))
-        t[:, band.order] = [
-            dpbtrs(factor.T, row, lower=1)[0]
-            for factor, row in zip(factors, (A.times(u) - right[:, n:])[:, band.order], strict=True)
-        ]
-        solution = torch.from_numpy(np.concatenate([u - A.transposed_times(t) / curvature, t], axis=1))
+        (L, V, R, others, lu, factors), structure = state, self._structure
+        n, right = V.shape[1], rhs.numpy()
+        u = structure.solve(L, right[:, :n])
+        t, target = np.empty((len(right), V.shape[0])), V.times(u) - right[:, n:]
+        for i, row in enumerate(target[:, structure.order]):
+            t[i, structure.order] = dpbtrs(R[i].T, row, lower=1)[0]
+        x = structure.solve(L, u - V.transposed_times(t), transposed=True)
+        solution = torch.from_numpy(np.concatenate([x, t], axis=1))
         if others.size:
-            solution[others] = lu.compute(factored, rhs[others])
+            solution[others] = lu.compute(factors, rhs[others])
         return solution
 
 
-def _nonzeros(operator: Operator) -> Matrices:
+def _nonzeros(operator: Operator) -> Array:
     assert isinstance(operator, Sparse)
-    return operator.matrices
+    return operator.matrices.nonzeros
 
 
-def _cholesky_of_bands(S: Array) -> tuple[Array, Mask]:
-    """Factors of (B, m, width + 1) lower bands, in their place, and which of them are positive definite, (B,)."""
+def _cholesky_of_bands(S: Array) -> Mask:
+    """Factors of (B, m, width + 1) lower bands in their place; which of them are positive definite, (B,)."""
     from scipy.linalg.lapack import dpbtrf
 
-    good = np.array([dpbtrf(band.T, lower=1, overwrite_ab=1)[1] == 0 for band in S], dtype=bool)
-    return S, good
+    return np.array([dpbtrf(band.T, lower=1, overwrite_ab=1)[1] == 0 for band in S], dtype=bool)
 
 
 class DenseInverse(LinearSolver):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import torch
 
-from ddn_solvers.arrays import Array, Index
+from ddn_solvers.arrays import Index
 from ddn_solvers.lowering.pattern import Matrices, Pattern
 from ddn_solvers.transforms import is_transformed
 
@@ -323,69 +323,3 @@ def _frame(hessian: Pattern, border: Pattern) -> _Frame:
     order = np.lexsort((rows, columns))
     indptr = np.searchsorted(columns[order], np.arange(size + 1))
     return _Frame(order, rows[order], columns[order], indptr, size)
-
-
-@dataclass(frozen=True)
-class Band:
-    """A A^T of a pattern in the order of Cuthill and McKee, as LAPACK keeps a lower band.
-
-    Attributes:
-        order: Rows of A, in their new order.
-        width: Diagonals below the main one.
-    """
-
-    order: Index
-    width: int
-    _pairs: tuple[Index, Index]  # of nonzeros that are in one column
-    _place: Index  # where in the band products begin to go, and at which of them
-    _starts: Index
-
-    def product(self, nonzeros: Array) -> Array:
-        """(B, nnz) of A -> A A^T, (B, rows, width + 1): [i, j, k] is the entry of rows j and j + k."""
-        found = np.zeros((len(nonzeros), len(self.order) * (self.width + 1)))
-        for start in range(0, len(nonzeros), _AT_ONCE):
-            some = nonzeros[start : start + _AT_ONCE]
-            products = some[:, self._pairs[0]] * some[:, self._pairs[1]]
-            found[start : start + _AT_ONCE, self._place] = np.add.reduceat(products, self._starts, axis=1)
-        return found.reshape(len(nonzeros), len(self.order), self.width + 1)
-
-
-_AT_ONCE = 16  # samples: their products stay in the cache
-_WIDEST = 64  # diagonals up to which a band is worth the while: its factors have no holes
-_PAIRS = 64  # products a nonzero, up to which it is
-
-
-def by_bands(hessian: Pattern, border: Pattern) -> bool:
-    """Whether the Schur complement of a diagonal H is a narrow band, and sparse algebra the better one."""
-    if not hessian.diagonal or not factored_sparsely(hessian, border):
-        return False
-    products = int((np.diff(border.indptr) ** 2).sum())
-    return products <= _PAIRS * border.nnz and banded(border).width <= _WIDEST
-
-
-@lru_cache(maxsize=32)
-def banded(border: Pattern) -> Band:
-    """How A A^T of a pattern is a band."""
-    import scipy.sparse as sp
-    from scipy.sparse.csgraph import reverse_cuthill_mckee
-
-    A = sp.csr_matrix(border.matrix(np.ones(border.nnz)))
-    order = reverse_cuthill_mckee(A @ A.T, symmetric_mode=True)
-    row = np.empty(len(order), dtype=np.intp)
-    row[order] = np.arange(len(order))
-    row = row[border.indices]
-    # Every pair of nonzeros of a column.
-    count = np.diff(border.indptr)[border.columns]
-    first = np.repeat(np.arange(border.nnz), count)
-    second = (
-        border.indptr[border.columns[first]]
-        + np.arange(len(first))
-        - np.repeat(np.cumsum(count) - count, count)
-    )
-    lower = row[first] >= row[second]
-    first, second = first[lower], second[lower]
-    width = int((row[first] - row[second]).max(initial=0))
-    place = row[second] * (width + 1) + row[first] - row[second]
-    by_place = np.argsort(place, kind="stable")
-    places, starts = np.unique(place[by_place], return_index=True)
-    return Band(order, width, (first[by_place], second[by_place]), places, starts)

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from ddn_solvers.kkt.bands import by_bands
 from ddn_solvers.kkt.degenerate import Degenerate, LargeDegenerate
 from ddn_solvers.kkt.linear import (
     SINGULAR,
@@ -47,7 +48,6 @@ from ddn_solvers.kkt.operator import (
     Dense,
     Operator,
     Sparse,
-    by_bands,
     factored_sparsely,
 )
 from ddn_solvers.lowering.pattern import Matrices
@@ -312,10 +312,9 @@ def _solver(choice: Any, transformed: bool, hessian: Any, jacobian: Any) -> Line
     if transformed:
         return DenseInverse()
     if choice == "auto":
-        if isinstance(hessian, Matrices) and by_bands(hessian.pattern, jacobian.pattern):
-            return BandedSchur()
         if isinstance(hessian, Matrices) and factored_sparsely(hessian.pattern, jacobian.pattern):
-            return SparseLU()
+            structure = by_bands(hessian.pattern, jacobian.pattern)
+            return BandedSchur(structure) if structure is not None else SparseLU()
         batch = len(hessian) if isinstance(hessian, (torch.Tensor, Matrices)) else 1
         return Schur() if batch * sum(jacobian.shape[-2:]) ** 2 >= _LARGE_BATCH else DenseLU()
     return {"sparse": SparseLU, "iterative": Iterative}.get(choice, DenseLU)()

@@ -50,11 +50,6 @@ class Pattern:
         return self.nnz == self.shape[0] * self.shape[1]
 
     @cached_property
-    def diagonal(self) -> bool:
-        """Whether its nonzeros are those of the diagonal, all of it."""
-        return self.nnz == self.shape[0] == self.shape[1] and np.array_equal(self.indices, self.columns)
-
-    @cached_property
     def by_row(self) -> Index:
         """The order of the nonzeros by row, (nnz,)."""
         return np.argsort(self.indices, kind="stable")
