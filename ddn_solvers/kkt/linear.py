@@ -49,12 +49,14 @@ class LinearSolver(abc.ABC):
         formed: It takes K as one dense matrix.
         refine: Its solutions are improved by iterative refinement: it is less than backward stable.
         decides: It shows a singular matrix by a large solution; otherwise LU does in its place.
+        steadier: The choice of ``Policy.linear_solver`` to fall back on where refinement does not converge.
     """
 
     sparse: ClassVar[bool] = False
     formed: ClassVar[bool] = False
     refine: ClassVar[bool] = False
     decides: ClassVar[bool] = True
+    steadier: ClassVar[str | None] = None
 
     @abc.abstractmethod
     def init(self, K: Any) -> Any:
@@ -63,6 +65,10 @@ class LinearSolver(abc.ABC):
     @abc.abstractmethod
     def compute(self, state: Any, rhs: torch.Tensor) -> torch.Tensor:
         """(B, N) -> (B, N)"""
+
+    def convex(self, state: Any) -> bool:
+        """Whether factoring has shown every H to be positive definite."""
+        return False
 
     def transpose(self, state: Any) -> Any:
         """The state of the transposed system: itself, KKT matrices being symmetric."""
@@ -94,6 +100,7 @@ class Schur(LinearSolver):
     """
 
     refine = True
+    steadier = "dense"
 
     def init(self, K: Bordered) -> Any:
         H, A, d = K.hessian.dense(), K.border.dense(), K.diagonal
@@ -110,7 +117,6 @@ class Schur(LinearSolver):
         return L, W, R, others, lu, lu.init(K.take(others)) if len(others) else None
 
     def convex(self, state: Any) -> bool:
-        """Whether every H has been factored so."""
         return len(state[3]) == 0
 
     def compute(self, state: Any, rhs: torch.Tensor) -> torch.Tensor:
@@ -143,6 +149,7 @@ class BandedSchur(LinearSolver):
 
     sparse = True
     refine = True
+    steadier = "sparse"
 
     def __init__(self, structure: Structure) -> None:
         self._structure = structure
@@ -160,7 +167,6 @@ class BandedSchur(LinearSolver):
         return L, V, S, others, lu, lu.init(K.take(others)) if others.size else None
 
     def convex(self, state: Any) -> bool:
-        """Whether every H has been factored so."""
         return not state[3].size
 
     def compute(self, state: Any, rhs: torch.Tensor) -> torch.Tensor:

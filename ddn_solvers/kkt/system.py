@@ -116,11 +116,7 @@ class System:
     @property
     def convex(self) -> bool:
         """Whether factoring has shown that H is positive definite on the free variables of every sample."""
-        return (
-            isinstance(self._solver, (Schur, BandedSchur))
-            and not self._repair
-            and self._solver.convex(self._state)
-        )
+        return not self._repair and self._solver.convex(self._state)
 
     def _operator(self, matrix: torch.Tensor | Matrices | Operator) -> Operator:
         if isinstance(matrix, Operator):
@@ -222,7 +218,8 @@ class System:
             if bool((exact | self.singular).all()):
                 return solution
             solution = solution + self._factored(residual)
-        if not self._moved and not isinstance(self._solver, (Schur, BandedSchur)):
+        steadier = self._solver.steadier
+        if not self._moved and steadier is None:
             return solution  # as good as this solver gets
         afresh = System(
             self.hessian,
@@ -231,7 +228,7 @@ class System:
             self.fixed,
             singular=self.singular,
             any_singular=self._repair,
-            linear_solver=self._choice if self._moved else "dense",
+            linear_solver=self._choice if steadier is None else steadier,
             corner=self._corner,
         )
         return afresh._factored(rhs)
