@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ddn_solvers.sparse_lu import sparse_lu
+
 if TYPE_CHECKING:
     import scipy.sparse as sp
 
@@ -20,19 +22,15 @@ _TRUSTED = 1e-6  # backward error of a solve up to which the signs of the pivots
 
 def negative_eigenvalues(matrix: sp.csc_array) -> int | None:
     """How many eigenvalues of a symmetric matrix are negative, none being zero; ``None`` if that cannot be told."""
-    from scipy.sparse.linalg import splu
-
     size = matrix.shape[0]
     if not size:
         return 0
     if not np.isfinite(matrix.data).all():
         return None
+    # SuperLU with its pivots taken from the diagonal is L D L^T with U = D L^T
     options = {"SymmetricMode": True}
-    try:  # SuperLU with its pivots taken from the diagonal is L D L^T with U = D L^T
-        factors = splu(matrix, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options=options)
-    except RuntimeError:  # a pivot is exactly zero
-        return None
-    if not np.array_equal(factors.perm_r, factors.perm_c):
+    factors = sparse_lu(matrix, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options=options)
+    if factors is None or not np.array_equal(factors.perm_r, factors.perm_c):
         return None
     target = np.cos(1.0 + np.arange(size) ** 2)
     solution = factors.solve(target)

@@ -246,6 +246,17 @@ def test_samples_without_a_band_factor_are_left_to_sparse_lu(blocks: bool) -> No
     np.testing.assert_allclose(step.t[good], t, rtol=0, atol=1e-11 * np.abs(t).max())
 
 
+@pytest.mark.parametrize("solver", ["sparse", "auto"])
+def test_more_active_rows_than_free_variables_do_not_corrupt_memory(solver: str, capfd: Any) -> None:
+    """SuperLU wrote beyond its arrays where a matrix is singular by its pattern, and now and then crashed."""
+    H, J, active, _ = horizon(10, blocks=False, steps=60)
+    active[:], n = True, H.shape[1]
+    fixed = torch.from_numpy(np.random.default_rng(1).random((10, n)) < 0.4)
+    system = System(with_pattern(H), with_pattern(J), active, fixed, linear_solver=solver)
+    assert system.singular.all()
+    assert "illegal" not in "".join(capfd.readouterr())
+
+
 # -- large and sparse ----------------------------------------------------------------------------------
 
 

@@ -20,6 +20,7 @@ from ddn_solvers.arrays import Array, Mask
 from ddn_solvers.kkt.bands import Structure
 from ddn_solvers.kkt.operator import Bordered, Formed, Operator, Sparse
 from ddn_solvers.lowering.pattern import Matrices
+from ddn_solvers.sparse_lu import sparse_lu
 
 # Beyond this condition number (after equilibration) the solution of a system is rounding error.
 SINGULAR: Final = 1e12
@@ -234,17 +235,15 @@ class SparseLU(LinearSolver):
 
 
 def _superlu(K: Bordered, sample: int) -> tuple[Callable[[Array], Array], Any]:
-    from scipy.sparse.linalg import splu
-
     matrix, where = K.kept_part(sample)
     if not len(where):
         return (lambda target: target), where
     if not np.isfinite(matrix.data).all():
         return (lambda target: np.full_like(target, np.nan)), where
-    try:
-        return splu(matrix).solve, where
-    except RuntimeError:  # exactly singular: the condition estimate sees it
+    factors = sparse_lu(matrix)
+    if factors is None:  # the condition estimate sees it
         return (lambda target: np.full_like(target, np.inf)), where
+    return factors.solve, where
 
 
 class Iterative(LinearSolver):
