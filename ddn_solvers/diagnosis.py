@@ -1,21 +1,24 @@
 """Why a sample has no solution, where the backend could not tell: infeasible or unbounded.
 
-Infeasible: the smallest violation of the constraints, min |(h, max(g, 0))|^2 within the bounds, is
-stationary and positive (for affine constraints that proves it; else it holds locally). Unbounded: a
-feasible ray along which the objective keeps falling, without end in sight.
+Infeasible: the smallest violation of the constraints within the bounds is positive. Where they are affine, that of the
+largest one, a linear program, proves it, and its multipliers say which rows contradict each other; elsewhere it is that
+of their squares, min |(h, max(g, 0))|^2, and holds locally. Unbounded: a feasible ray along which the objective keeps
+falling, without end in sight.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from ddn_solvers.arrays import Array
+from ddn_solvers.arrays import Array, Mask
 from ddn_solvers.program import Program
 from ddn_solvers.residuals import Bound, Evaluation, PrimalDual
 from ddn_solvers.solution import Status
 
 _NAMED = 4  # conflicting constraints named in a message
 _STEPS = (1e2, 1e4, 1e6)  # along a ray, relative to max(1, |z|)
+_TIGHT = 1e-10  # tolerance of HiGHS
+_BLAMELESS = 1e-6  # multiplier, of those that sum to one, that is rounding
 _FALL = 1e3  # the objective has to fall by this much, relative to its scale, to count as unbounded
 
 
@@ -31,7 +34,7 @@ def diagnose(program: Program, bound: Bound, z: Array, accuracy: float) -> tuple
         if not np.isfinite(evaluation.first.constraints).all():
             return None
         if evaluation.scaled_feasibility[0] > accuracy:
-            return _infeasible(program, bound, nearest_feasible(program, bound, z), accuracy)
+            return _infeasible(program, bound, *_least_violation(program, bound, z), accuracy)
         return _unbounded(program, bound, z, evaluation)
 
 
@@ -39,9 +42,53 @@ def _evaluate(program: Program, bound: Bound, z: Array) -> Evaluation:
     return Evaluation.at(program, bound, PrimalDual.resting(program, bound.parameters, z[None]))
 
 
+def _least_violation(program: Program, bound: Bound, z: Array) -> tuple[Array, Mask]:
+    """A point of smallest violation, (n,), and the rows of c that are to blame, (equalities + inequalities,)."""
+    found = _by_linear_program(program, bound) if program.affine_constraints else None
+    if found is not None:
+        return found
+    closest = nearest_feasible(program, bound, z)
+    residual = np.abs(violation(program, bound, closest))
+    return closest, residual > 1e-2 * residual.max(initial=0.0)
+
+
+def _by_linear_program(program: Program, bound: Bound) -> tuple[Array, Mask] | None:
+    """min t,  |h| <= t and g <= t in units of the rows and of the problem's length; ``None`` if that fails."""
+    import scipy.sparse as sp
+    from scipy.optimize import linprog  # a quarter of a second to import, needed for failures only
+
+    m, n = program.equality.size, program.variables.size
+    at_zero = _evaluate(program, bound, np.zeros(n))
+    length, norms = at_zero.length[0], at_zero.row_norms[0, : program.constraints]
+    unit = np.where(norms > 0, norms, 1.0)
+    pattern, nonzeros = at_zero.J.pattern, at_zero.first.jacobian[0]
+    rows = sp.diags_array(1 / unit) @ pattern.matrix(nonzeros).tocsr()[: program.constraints]
+    offset = at_zero.first.constraints[0, : program.constraints] / unit / length
+    signed = sp.vstack([rows, -rows[:m]]).tocsr()
+    above = sp.hstack([signed, sp.csr_array(-np.ones((signed.shape[0], 1)))]).tocsr()
+    target = np.concatenate([-offset, offset[:m]])
+    if not np.isfinite(above.data).all() or not np.isfinite(target).all():
+        return None
+    sides = np.stack([np.append(bound.lower[0] / length, 0.0), np.append(bound.upper[0] / length, np.inf)], 1)
+    found = linprog(
+        np.append(np.zeros(n), 1.0),
+        A_ub=above,
+        b_ub=target,
+        bounds=sides,
+        method="highs",
+        options={"primal_feasibility_tolerance": _TIGHT, "dual_feasibility_tolerance": _TIGHT},
+    )
+    if found.status != 0:
+        return None
+    force = np.abs(found.ineqlin.marginals)
+    force[:m] += force[program.constraints :]
+    point = np.clip(length * found.x[:n], bound.lower[0], bound.upper[0])
+    return point, force[: program.constraints] > _BLAMELESS
+
+
 def nearest_feasible(program: Program, bound: Bound, z: Array) -> Array:
     """The point of smallest violation near ``z`` by Gauss and Newton's method, within the bounds, (n,)."""
-    from scipy.optimize import least_squares  # a quarter of a second to import, needed for failures only
+    from scipy.optimize import least_squares
 
     lower, upper = bound.lower[0], bound.upper[0]
     free = lower < upper
@@ -83,7 +130,9 @@ def violation(program: Program, bound: Bound, z: Array) -> Array:
     return c
 
 
-def _infeasible(program: Program, bound: Bound, closest: Array, accuracy: float) -> tuple[Status, str] | None:
+def _infeasible(
+    program: Program, bound: Bound, closest: Array, blamed: Mask, accuracy: float
+) -> tuple[Status, str] | None:
     if not _evaluate(program, bound, closest).scaled_feasibility[0] > accuracy:
         return None
     residual = np.abs(violation(program, bound, closest))
@@ -92,8 +141,8 @@ def _infeasible(program: Program, bound: Bound, closest: Array, accuracy: float)
         program.equality.element(int(i))
         if i < equalities
         else program.inequality.element(int(i) - equalities)
-        for i in np.argsort(-residual)
-        if residual[i] > 1e-2 * largest
+        for i in np.argsort(-np.round(residual / largest, 6), kind="stable")
+        if blamed[i]
     ]
     names = ", ".join(rows[:_NAMED]) + (f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else "")
     return Status.INFEASIBLE, f"the smallest violation is {largest:.2g}, of {names}"

@@ -240,6 +240,22 @@ def test_an_active_set_that_does_not_settle_is_left_to_a_solver() -> None:
     assert solution.converged.all()
 
 
+def test_a_batch_of_horizons_without_any_solution_has_no_gradient() -> None:
+    problem = regulator(1.0)
+    p = regulated()
+    p["x"] = p["x"].detach().requires_grad_()
+    impossible = ddn.Problem(
+        problem.variables,
+        problem.parameters,
+        problem.objective,
+        equality={**problem.equality, "end": lambda s: s[-1] - 1e3},
+        bounds=problem.bounds,
+    )
+    solution = ddn.solve(impossible, p, policy=ddn.Policy(on_failure="mask"))
+    assert {status.name for status in solution.status} == {"INFEASIBLE"}
+    assert not any(g.any() for g in torch.autograd.grad(solution["u"].sum(), list(p.values())))
+
+
 def test_a_qp_without_sides_needs_no_backend() -> None:
     problem = ddn.Problem(
         {"u": (20,)}, {"x": (20,)}, lambda u, x: (u - x).square().sum(), {"sum": lambda u: u.sum() - 1}

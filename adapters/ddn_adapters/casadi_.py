@@ -163,10 +163,12 @@ class CasADiAdapter(Adapter):
                 *found, residual = self._model(batch).solve_batch(batch)
         except RuntimeError:  # of one sample, and none says which
             return super().solve_batch(batch)
+        # Stopped at a limit it leaves multipliers that are not finite, now and then.
+        solved = (residual[:, 0] <= _SOLVED) & np.all([np.isfinite(a).all(axis=1) for a in found], axis=0)
         stats = {"return_status": "solved by a map", "success": True}
         return [
             self._point(batch[i], [numbers[i] for numbers in found], stats)
-            if residual[i, 0] <= _SOLVED
+            if solved[i]
             else self.attempt(batch[i])
             for i in range(len(batch))
         ]

@@ -77,7 +77,7 @@ class Structure:
         """Nonzeros of V from those of A, (B, nnz)."""
         entries = _with_zero(border)
         parts = [
-            _solved(L, torch.from_numpy(entries[:, blocks.A])).reshape(len(border), -1).numpy()
+            _solved(L, torch.from_numpy(entries[:, blocks.A])).flatten(1).numpy()
             for L, blocks in zip(factors, self.blocks, strict=True)
         ]
         whole = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)

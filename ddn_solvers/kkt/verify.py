@@ -149,8 +149,11 @@ def _established(
     if other.size:
         system = kkt_system(there.take(other), active.take(other), linear_solver=policy.linear_solver)
         singular[other], condition[other] = system.singular.numpy(), system.condition.numpy()
-    degenerate = np.flatnonzero(singular & finite)
-    if degenerate.size:  # those samples alone: the others stay as they are
+    feasible = there.scaled_feasibility <= policy.accuracy
+    degenerate = np.flatnonzero(singular & finite & feasible)
+    if (
+        degenerate.size
+    ):  # those samples alone: the others stay as they are, and for those that failed it costs much
         on_kinks = settled(evaluation, replace(active, weak=np.zeros_like(active.weak)))
         chosen = canonical_multipliers(on_kinks.take(degenerate), active.take(degenerate))
         point = PrimalDual(**{name: values.copy() for name, values in vars(there.point).items()})
