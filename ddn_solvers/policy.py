@@ -51,8 +51,9 @@ class Policy:
             ``(matrix, rhs) -> solution`` on (B, N, N) and (B, N) tensors. ``"auto"``: sparse from 200 unknowns
             on if at most 2 % of the matrix are nonzeros, or all are near the diagonal; otherwise dense, for large
             batches by the Cholesky factors of Hessian and Schur complement where the Hessian is positive
-            definite. Which samples are singular does not depend on the choice. Higher derivatives, torch.func transforms and ``smoothing``
-            use dense algebra.
+            definite. On horizons and chains the sparse one is a band Cholesky of the Schur complement, where the
+            Hessian consists of small positive definite blocks. Which samples are singular does not depend on the
+            choice. Higher derivatives, torch.func transforms and ``smoothing`` use dense algebra.
 
     Raises:
         ProblemError: An unknown choice, or a number that is negative or not finite.

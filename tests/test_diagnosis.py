@@ -1,5 +1,6 @@
 """Why a problem has no solution: infeasible where it is, and by which constraints."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -41,7 +42,7 @@ def driven(seed: int, steps: int = 40) -> tuple[Program, Bound]:
 def test_a_feasible_horizon_is_not_called_infeasible(seed: int) -> None:
     """On these Gauss and Newton's method ends at violations from 2e-5 to 4e-2, which are not the smallest."""
     program, bound = driven(seed)
-    assert diagnose(program, bound, bound.lower[0].clip(-1, 1), 1e-6) is None
+    assert diagnose(program, bound, np.zeros(program.variables.size), 1e-6) is None
 
 
 @pytest.mark.parametrize("unit", [1e-9, 1.0, 1e9])
