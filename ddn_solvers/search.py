@@ -261,9 +261,10 @@ class Search:
     def _newton(self, given: Array, bound: Bound, best: PrimalDual, open_: Mask) -> None:
         """Newton's method from where the search begins, as the polish has it; no backend where that does."""
         samples, program = np.flatnonzero(open_), self.program
-        if not samples.size:
+        warm = self._warm(samples)
+        if not samples.size or (warm is None and not program.quadratic):
             return
-        part, warm = bound.take(samples), self._warm(samples)
+        part = bound.take(samples)
         if warm is None:
             start = PrimalDual.resting(program, part.parameters, given[samples])
         else:
