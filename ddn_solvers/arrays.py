@@ -1,4 +1,4 @@
-"""Types of the NumPy arrays that the numeric core passes around."""
+"""Types of the NumPy arrays that the numeric core passes around, and one array that many parts of it need."""
 
 from __future__ import annotations
 
@@ -9,3 +9,9 @@ import numpy as np
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
 Index = np.ndarray[Any, np.dtype[np.intp]]
+
+
+def without_symmetry(n: int) -> Array:
+    """A vector, (n,), that no symmetry of a problem leaves as it is; always the same, as random ones would not be."""
+    vector: Array = np.cos(1.0 + np.arange(n) ** 2)
+    return vector

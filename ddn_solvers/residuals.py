@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from ddn_solvers.arrays import Array, Index, Mask
+from ddn_solvers.arrays import Array, Index, Mask, without_symmetry
 from ddn_solvers.evaluators import Coefficients, Evaluators, FirstOrder
 from ddn_solvers.lowering.pattern import Matrices
 from ddn_solvers.program import Program
@@ -524,8 +524,8 @@ def _inputs(bound: Bound, point: PrimalDual) -> tuple[Array, ...]:
 
 
 def _direction(n: int) -> Array:
-    """A fixed unit vector without symmetry, (n,)."""
-    direction: Array = np.cos(1.0 + np.arange(n) ** 2)
+    """A unit vector, (n,)."""
+    direction = without_symmetry(n)
     return direction / np.linalg.norm(direction)
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import ddn_solvers as ddn
-from ddn_solvers.kkt.linear import SINGULAR, DenseLU, condition, without_symmetry
+from ddn_solvers.arrays import without_symmetry
+from ddn_solvers.kkt.linear import SINGULAR, DenseLU, condition
 from ddn_solvers.kkt.operator import Bordered, Dense
 from ddn_solvers.kkt.system import System
 
@@ -96,7 +97,13 @@ def test_condition_estimate_is_within_a_small_factor(power: int) -> None:
     solver, kept = DenseLU(), torch.ones(1, 30, dtype=torch.bool)
     K = Bordered.of(Dense(matrix[None]), Dense(torch.zeros(1, 0, 30, dtype=D)), kept)
     norm = matrix.abs().sum(-1).amax()[None]
-    estimate = condition(solver, solver.init(K), kept, norm, without_symmetry(kept)).item()
+    estimate = condition(
+        solver,
+        solver.init(K),
+        kept,
+        norm,
+        torch.from_numpy(without_symmetry(kept.shape[-1])).expand(kept.shape),
+    ).item()
     assert 10.0**power / 3 <= estimate <= 10.0**power * 30
     assert estimate < SINGULAR
 

@@ -31,6 +31,7 @@ from ddn_solvers.adapter import (
     ProblemClass,
     Status,
 )
+from ddn_solvers.arrays import without_symmetry
 
 _SUFFICIENT = 1e-4  # share of the predicted decrease of the merit function that a step has to bring
 _NOISE = 1e-14  # relative change of the merit function that is rounding
@@ -235,6 +236,6 @@ def _positive(matrix: Array) -> bool:
 
 
 def _direction(n: int) -> Array:
-    """A fixed unit vector without symmetry, (n,)."""
-    direction: Array = np.cos(1.0 + np.arange(n) ** 2)
+    """A unit vector, (n,)."""
+    direction = without_symmetry(n)
     return direction / np.linalg.norm(direction)

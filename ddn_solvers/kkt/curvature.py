@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from ddn_solvers.active_set import ActiveSet
-from ddn_solvers.arrays import Array, Mask
+from ddn_solvers.arrays import Array, Mask, without_symmetry
 from ddn_solvers.inertia import negative_eigenvalues
 from ddn_solvers.kkt.linear import DEPENDENT, least_squares
 from ddn_solvers.kkt.operator import DENSE_LIMIT, Bordered, Sparse, large_and_sparse
@@ -228,7 +228,7 @@ def _smallest(K: Bordered, sample: int, singular: bool) -> float:
     def project(x: Array) -> Array:
         return x if projection is None else projection.solve(np.concatenate([x, np.zeros(count)]))[:first]
 
-    start = project(np.cos(1.0 + np.arange(first) ** 2))
+    start = project(without_symmetry(first))
     found = _ritz(lambda x: project(H @ project(x)), start)
     if singular:
         return min(found, 0.0)  # positive is what is proved so

@@ -362,11 +362,6 @@ def equilibrate(K: Bordered | Formed, start: torch.Tensor) -> tuple[torch.Tensor
     return scale, norms.amax(-1) if norms.shape[-1] else norms.sum(-1)
 
 
-def without_symmetry(kept: torch.Tensor) -> torch.Tensor:
-    """Where inverse iteration starts, for masks (B, N): fixed; no random numbers, which vmap refuses."""
-    return torch.cos(1.0 + torch.arange(kept.shape[-1], dtype=torch.float64) ** 2).expand(kept.shape)
-
-
 def condition(
     solver: LinearSolver, state: Any, kept: torch.Tensor, norm: torch.Tensor, start: torch.Tensor
 ) -> torch.Tensor:

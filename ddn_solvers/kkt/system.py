@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from ddn_solvers.arrays import without_symmetry
 from ddn_solvers.kkt.bands import by_bands
 from ddn_solvers.kkt.degenerate import Degenerate, LargeDegenerate
 from ddn_solvers.kkt.linear import (
@@ -40,7 +41,6 @@ from ddn_solvers.kkt.linear import (
     Step,
     condition,
     equilibrate,
-    without_symmetry,
 )
 from ddn_solvers.kkt.operator import (
     DENSE_LIMIT,
@@ -103,7 +103,10 @@ class System:
         K = K.scaled(scale)
         if singular is None:
             judge = self._solver if self._solver.decides else DenseLU()
-            self._state, start = judge.init(K), self._pack(without_symmetry(self._kept))
+            self._state, start = (
+                judge.init(K),
+                self._pack(torch.from_numpy(without_symmetry(self._kept.shape[-1])).expand(self._kept.shape)),
+            )
             self.condition = condition(judge, self._state, K.kept, norm, start)
             singular = self.condition > SINGULAR
             any_singular, factored = bool(singular.any()), self._solver.decides
@@ -194,7 +197,7 @@ class System:
     def error(self) -> torch.Tensor:
         """|K x - b| / |b| of the solution for a fixed right-hand side in the range of K, (B,)."""
         n, size = self.hessian.shape[-1], self._scale.shape[-1]
-        there = torch.cos(1.0 + torch.arange(size, dtype=self._scale.dtype) ** 2).expand_as(self._scale)
+        there = torch.from_numpy(without_symmetry(size)).expand_as(self._scale)
         kept = torch.cat([torch.ones_like(self.fixed), self.active], dim=-1)
         rhs = self._product(torch.where(kept, there, 0.0))
         step = self.solve(rhs[..., :n], rhs[..., n:], rhs[..., :n])
