@@ -57,6 +57,7 @@ _ROUNDING = 4e-15  # backward error |r| / (|b| + |K| |x|) at which a refined sol
 # Entries of a batch of matrices from which it pays to leave out what is not kept, and to factor H and its
 # Schur complement in place of all: 64 samples of 45 unknowns, one of 360 (measured on one core).
 _LARGE_BATCH = 2**17
+_MANY = 1000  # unknowns of all samples from which band factors pay: three samples of 330 (measured likewise)
 
 
 class System:
@@ -313,7 +314,8 @@ def _solver(choice: Any, transformed: bool, hessian: Any, jacobian: Any) -> Line
         return DenseInverse()
     if choice == "auto":
         if isinstance(hessian, Matrices) and factored_sparsely(hessian.pattern, jacobian.pattern):
-            structure = by_bands(hessian.pattern, jacobian.pattern)
+            many = len(hessian) * sum(jacobian.shape) >= _MANY
+            structure = by_bands(hessian.pattern, jacobian.pattern) if many else None
             return BandedSchur(structure) if structure is not None else SparseLU()
         batch = len(hessian) if isinstance(hessian, (torch.Tensor, Matrices)) else 1
         return Schur() if batch * sum(jacobian.shape[-2:]) ** 2 >= _LARGE_BATCH else DenseLU()
