@@ -12,8 +12,8 @@
 ``first`` is construction and first call (trace, compile, solve), ``first back`` the first backward; ``forward`` and
 ``backward`` are medians of later calls, ``backend`` and ``verification`` parts of forward; all in ms. Memory is the
 process's peak, above what it was after imports and one call on the smallest size. A series stops after a call that
-takes a minute. A slope is the exponent that the last decade of sizes fits. Run it as ``python benchmarks/growth.py [folder [series ...]]``; figures go to the folder, by
-default ``artifacts``.
+takes a minute. A slope is the exponent that the last decade of sizes fits. Run it as
+``python benchmarks/growth.py [folder [series ...]]``; figures go to the folder, by default ``artifacts``.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@
     N4   128 bounded LQR problems, horizon 20, 8 states, 4 inputs; bounds 1e4 and 1 (A = I + 0.2 N, B, b = N)
 
 Reference points and gradients come from Newton's method on the KKT conditions and one dense solve, in torch; on N4 the
-active bounds are first guessed from our own solution, and the signs of the multipliers checked. A contestant that ends in another local minimum shows an error of about 1 (sqpmethod does on N3).
+active bounds are first guessed from our own solution, and the signs of the multipliers checked. A contestant that ends in
+another local minimum shows an error of about 1 (sqpmethod does on N3).
 ``CasADi by hand`` is the model that one would write without any library, as scalar expressions (SX) or as operations
 on whole horizons (MX); it has no backward pass. cvxpylayers has Clarabel on N4: SCS takes minutes. Run it
 as ``python benchmarks/nlp.py [N1 N2 N3 N4]`` where the peers are installed (``pip install pounce-solver cvxpylayers``,

@@ -441,3 +441,23 @@ def test_import_loads_no_backend():
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
     )
     assert found.stdout.strip() == "[]"
+
+
+def test_installed_packages_are_not_looked_through_at_every_call(monkeypatch):
+    """That took longer than a small problem; what is missing is looked for again when it is named."""
+    looked = []
+    ddn.solve(bounded(), {"x": torch.ones(2, dtype=D)})
+    monkeypatch.setattr(registry, "entry_points", lambda **group: looked.append(group) or [])
+    for _ in range(3):
+        assert ddn.solve(bounded(), {"x": torch.ones(2, dtype=D)}).converged.all()
+    assert not looked
+    with pytest.raises(ddn.BackendNotFound):
+        ddn.solve(bounded(), {"x": torch.ones(2, dtype=D)}, solver="nobody")
+    assert looked
+    registry._entry_points.cache_clear()
+
+
+def bounded() -> ddn.Problem:
+    return ddn.Problem(
+        {"u": (2,)}, {"x": (2,)}, lambda u, x: (u - x).square().sum(), bounds={"u": (0.0, None)}
+    )
