@@ -387,6 +387,14 @@ def given(n: int) -> dict[str, torch.Tensor]:
     return {"x": x.requires_grad_(), "start": torch.tensor(0.3, dtype=D, requires_grad=True)}
 
 
+def test_a_chain_of_two_hundred_thousand_unknowns_is_a_band() -> None:
+    """Pairs of a block and a row are more than 32 bits hold."""
+    n = 100_000
+    solution = ddn.solve(control(n), given(n))
+    assert solution.converged
+    assert solution.stats.backend == ("ddn_solvers",)
+
+
 @pytest.mark.parametrize("solver", ["sparse", "iterative", "auto"])
 def test_gradients_through_every_solver(solver: str) -> None:
     n = 120

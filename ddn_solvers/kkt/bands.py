@@ -129,6 +129,7 @@ def _structure(hessian: Pattern, border: Pattern) -> Structure | None:
         return None
     rows, n = border.shape
     count, label = connected_components(hessian.matrix(np.ones(hessian.nnz)), directed=False)
+    label = label.astype(np.intp)  # numbers of pairs below exceed 32 bits
     sizes = np.bincount(label, minlength=count)
     if sizes.max(initial=0) > _LARGEST:
         return None
