@@ -325,6 +325,7 @@ class Search:
         found = diagnose(self.program, bound, z, self.policy.accuracy)
         return found is not None and found[0] is claim
 
+    @np.errstate(all="ignore")  # as for every failed sample
     def _solve_determined(self, bound: Bound, best: PrimalDual) -> None:
         """More equations than variables, which backends refuse, leave at most one point: find that."""
         failed = np.flatnonzero([status in _UNEXPLAINED for status in self.status])

@@ -153,6 +153,20 @@ def test_a_backend_that_lies_is_caught(answer):
     assert s["u"].isfinite().all()
 
 
+@pytest.mark.parametrize("size", [1e2, 4e2, 6e2, 7e2])
+def test_a_point_whose_derivatives_overflow_when_squared_is_a_failure_of_its_sample(size):
+    """exp(400) is a number, its square is none: singular values of it raised instead."""
+    problem = ddn.Problem(
+        {"u": (3,)},
+        {"x": (3,)},
+        lambda u, x: torch.logsumexp(u - x, 0),
+        {"big": lambda u: torch.cat([u[:1].exp(), u[:1].exp()]) - 1.0},
+    )
+    name = register(answering([size, -size, size], equality=[1.0, 1.0]))
+    solution = ddn.solve(problem, {"x": torch.ones(2, 3, dtype=D)}, solver=name, policy=ddn.Policy("mask"))
+    assert not solution.converged.any()
+
+
 def test_a_crash_is_a_backend_error_that_says_what():
     endless = ddn.Problem({"u": (2,)}, {"x": (2,)}, lambda u, x: torch.exp(-u - x).sum())
     with pytest.raises(ddn.SolveError, match="segmentation") as caught:

@@ -99,7 +99,7 @@ def polish(
     batch = len(start.z)
     predicted, condition = np.full(batch, np.inf), np.full(batch, np.inf)
     singular = np.zeros(batch, dtype=bool)
-    open_ = np.isfinite(best.scaled)
+    open_ = _computable(best)
     whole, of_whole, last = None, working, working
     allowed, known, steps = np.full(batch, np.inf), None, np.zeros(batch, dtype=np.intp)
     for _ in range(_MAX_STEPS):
@@ -109,8 +109,8 @@ def polish(
         active = working.take(samples)
         before = best.take(samples)
         here = settled(before, active)
-        defined = np.isfinite(here.scaled)
-        if not defined.all():  # at the zero of a norm that holds nothing
+        defined = _computable(here)
+        if not defined.all():  # at the zero of a norm that holds nothing, or where a function overflows
             open_[samples[~defined]] = False
             continue
         # All that the system of an LP or QP depends on.
@@ -152,6 +152,13 @@ def polish(
                 np.inf,
             )
     return Polished(best, predicted, singular, condition, whole, of_whole, last, steps)
+
+
+def _computable(evaluation: Evaluation) -> Mask:
+    """Samples in which a step can be taken: residuals, and squares of derivatives, are finite."""
+    squares = np.isfinite(evaluation.reach).all(axis=1) & np.isfinite(evaluation.force[:, 0] ** 2)
+    found: Mask = np.isfinite(evaluation.scaled) & squares
+    return found
 
 
 def _where_finite(before: Evaluation, after: Evaluation) -> Evaluation:
