@@ -18,6 +18,9 @@ from ddn_solvers.solution import Status
 _NAMED = 4  # conflicting constraints named in a message
 _STEPS = (1e2, 1e4, 1e6)  # along a ray, relative to max(1, |z|)
 _TIGHT = 1e-10  # tolerance of HiGHS
+_DROPPED = (
+    1e-8  # entries of a row of norm one below which HiGHS may leave them out, and solve another problem
+)
 _BLAMELESS = 1e-6  # multiplier, of those that sum to one, that is rounding
 _FALL = 1e3  # the objective has to fall by this much, relative to its scale, to count as unbounded
 
@@ -67,7 +70,8 @@ def _by_linear_program(program: Program, bound: Bound) -> tuple[Array, Mask] | N
     signed = sp.vstack([rows, -rows[:m]]).tocsr()
     above = sp.hstack([signed, sp.csr_array(-np.ones((signed.shape[0], 1)))]).tocsr()
     target = np.concatenate([-offset, offset[:m]])
-    if not np.isfinite(above.data).all() or not np.isfinite(target).all():
+    small = (above.data != 0) & (np.abs(above.data) < _DROPPED)
+    if not np.isfinite(above.data).all() or not np.isfinite(target).all() or small.any():
         return None
     sides = np.stack([np.append(bound.lower[0] / length, 0.0), np.append(bound.upper[0] / length, np.inf)], 1)
     found = linprog(

@@ -19,6 +19,7 @@ _SMALL = 500  # rows of a KKT matrix up to which one thread is enough
 
 _lock = threading.Lock()
 _calls, _before = 0, 1
+_here = threading.local()  # how many calls of this Python thread are inside of each other
 
 
 @contextmanager
@@ -33,10 +34,13 @@ def limited(threads: Threads, rows: int) -> Iterator[None]:
     with _lock:  # several calls at once, of several Python threads: the first one knows what was set
         _before = torch.get_num_threads() if _calls == 0 else _before
         _calls += 1
+    outer, depth = torch.get_num_threads(), getattr(_here, "depth", 0)
+    _here.depth = depth + 1
     torch.set_num_threads(threads)
     try:
         yield
     finally:
         with _lock:
             _calls -= 1
-            torch.set_num_threads(_before)
+            _here.depth = depth
+            torch.set_num_threads(outer if depth else _before)

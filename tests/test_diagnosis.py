@@ -85,3 +85,19 @@ def test_an_infeasible_horizon_is_told_at_once() -> None:
     solution = ddn.solve(problem, {"x": torch.zeros(4, dtype=D)}, policy=policy)
     assert solution.status == (ddn.Status.INFEASIBLE,) * 4
     assert all("end" in reason for reason in solution.stats.message)
+
+
+@pytest.mark.parametrize("slope", [1e-8, 1e-10, 1e-12])
+def test_a_row_with_a_small_entry_is_not_called_contradicted(slope: float) -> None:
+    """HiGHS leaves entries of 1e-9 out, and what is left of these rows is 1 = 0.5."""
+    problem = ddn.Problem(
+        {"u": (2,)},
+        {"x": ()},
+        lambda u, x: ((1e-6 * u[0]) ** 2 + u[1] ** 2) * x,
+        equality={"both": lambda u: u[1] + slope * u[0] - 1.0, "one": lambda u: u[1] - 0.5},
+        bounds={"u": (-1e13, 1e13)},
+    )
+    program = compile_program(as_problem(problem))
+    bound = Bound.of(program, (np.ones(1),), 1)
+    found = diagnose(program, bound, np.zeros(2), 1e-6)
+    assert found is None or found[0] is not ddn.Status.INFEASIBLE

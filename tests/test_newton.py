@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import ddn_solvers as ddn
+from ddn_solvers.threads import limited
 
 D = torch.float64
 SPHERE = ddn.Problem(
@@ -343,6 +344,14 @@ def test_threads_are_put_back_after_an_error_and_by_the_last_of_several_calls(th
     later.start()
     later.join()
     assert [torch.get_num_threads(), *count] == [3, 3]
+
+
+def test_a_call_inside_of_a_call_leaves_it_its_threads(three_threads: None) -> None:
+    with limited(1, 10):
+        with limited(2, 10):
+            assert torch.get_num_threads() == 2
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 3
 
 
 @pytest.mark.parametrize("threads", [0, -1, True, 1.5, "many"])

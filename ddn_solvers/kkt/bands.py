@@ -21,7 +21,7 @@ from ddn_solvers.lowering.pattern import Pattern
 
 _LARGEST = 16  # variables of a block
 _WIDEST = 64  # diagonals up to which a band is worth the while: its factors have no holes
-_PAIRS = 64  # products for each nonzero of A, up to which it is
+_PAIRS, _ALL = 64, 2 * 10**7  # products for each nonzero of A, and of all, up to which it is
 _AT_ONCE = 16  # samples whose products stay in the cache
 
 
@@ -137,7 +137,7 @@ def _structure(hessian: Pattern, border: Pattern) -> Structure | None:
     pair, of_nonzero = np.unique(label[border.columns] * rows + border.indices, return_inverse=True)
     block, row = pair // rows, pair % rows
     meets = np.bincount(block, minlength=count)
-    if (meets**2 * sizes).sum() > _PAIRS * border.nnz:
+    if (meets**2 * sizes).sum() > min(_PAIRS * border.nnz, _ALL):
         return None
     rank = np.arange(len(pair)) - (np.cumsum(meets) - meets)[block]
     by_block = np.argsort(label, kind="stable")  # variables
@@ -174,24 +174,28 @@ def _structure(hessian: Pattern, border: Pattern) -> Structure | None:
     V = Pattern(border.shape, indptr, index[order])
     pattern = sp.csr_matrix(V.matrix(np.ones(V.nnz)))
     in_band = reverse_cuthill_mckee(pattern @ pattern.T, symmetric_mode=True)
-    pairs, starts, place, width = _products(V, in_band)
+    place = np.empty(rows, dtype=np.intp)
+    place[in_band] = np.arange(rows)
+    row_places, filled = place[V.indices], V.indptr[:-1][np.diff(V.indptr) > 0]
+    width = int((np.maximum.reduceat(row_places, filled) - np.minimum.reduceat(row_places, filled)).max())
     if width > _WIDEST:
         return None
+    pairs, starts, place = _products(V, row_places, width)
     return Structure(tuple(blocks), V, in_band, width, source[order], pairs, starts, place)
 
 
-def _products(V: Pattern, order: Index) -> tuple[tuple[Index, Index], Index, Index, int]:
-    """Which products of nonzeros make each entry of the lower band of V V^T, where it goes, and how wide the band is."""
-    row = np.empty(len(order), dtype=np.intp)
-    row[order] = np.arange(len(order))
-    row = row[V.indices]
+def _products(V: Pattern, row: Index, width: int) -> tuple[tuple[Index, Index], Index, Index]:
+    """Which products of nonzeros make each entry of the lower band of V V^T, where they begin, and where it goes.
+
+    Args:
+        row: Of each nonzero, in the order of the band.
+    """
     count = np.diff(V.indptr)[V.columns]
     first = np.repeat(np.arange(V.nnz), count)
     second = V.indptr[V.columns[first]] + np.arange(len(first)) - np.repeat(np.cumsum(count) - count, count)
     lower = row[first] >= row[second]
     first, second = first[lower], second[lower]
-    width = int((row[first] - row[second]).max(initial=0))
     place = row[second] * (width + 1) + row[first] - row[second]
     by_place = np.argsort(place, kind="stable")
     places, starts = np.unique(place[by_place], return_index=True)
-    return (first[by_place], second[by_place]), starts, places, width
+    return (first[by_place], second[by_place]), starts, places

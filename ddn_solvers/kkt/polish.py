@@ -119,7 +119,7 @@ def polish(
             system, known = kkt_system(here, active, linear_solver=linear_solver), content
         lost = system.singular.numpy() & tentative
         if lost.any():
-            open_[samples[lost]] = False
+            open_[samples[lost]], predicted[samples[lost]] = False, np.inf
             continue
         if len(samples) == batch:
             whole, of_whole = system, active
