@@ -18,9 +18,8 @@ from ddn_solvers.solution import Status
 _NAMED = 4  # conflicting constraints named in a message
 _STEPS = (1e2, 1e4, 1e6)  # along a ray, relative to max(1, |z|)
 _TIGHT = 1e-10  # tolerance of HiGHS
-_DROPPED = (
-    1e-8  # entries of a row of norm one below which HiGHS may leave them out, and solve another problem
-)
+# Entries of a row of norm one below which HiGHS may leave them out, and solve another problem.
+_DROPPED = 1e-8
 _BLAMELESS = 1e-6  # multiplier, of those that sum to one, that is rounding
 _FALL = 1e3  # the objective has to fall by this much, relative to its scale, to count as unbounded
 

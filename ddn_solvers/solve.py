@@ -52,14 +52,14 @@ def solve(
         problem: A ``Problem`` or the dict that ``Problem.from_dict`` takes.
         parameters: Name -> tensor (*batch, *shape); leading batch dimensions broadcast.
         solver: ``"backend"``, ``"backend:method"``, ``"auto"`` (by problem class), or a list of
-            these, tried in order for each sample. ``"auto"`` ends with another start where the problem
-            is not an LP or QP.
+            these, tried in order for each sample. ``"auto"`` begins with Newton steps on a QP without inequalities
+            and bounds, or a sparse one; it ends with another start where the problem is not an LP or QP.
         initial: Starting point: a dict by variable, or a tensor when there is one variable; by
             default zero, moved into the bounds. Samples that fail from there are tried from the default.
         warm_start: An earlier ``Solution`` of the same batch: point and multipliers to start from, with
             the same retry. ``"auto"`` first takes Newton steps from there, on the active set as it
-            changes, unless the problem is an LP or QP; a sample that ends in a verified minimum needs no
-            backend.
+            changes (of an LP or QP as without a warm start); a sample that ends in a verified minimum needs
+            no backend.
         options: ``max_iter``, ``time_limit`` (seconds a sample), ``call_time_limit`` (seconds for
             all samples and retries together), ``tolerance``, ``isolate`` (``True``: the
             backend runs in a process of its own, which may crash or be ended), ``threads`` (how many torch may

@@ -346,6 +346,14 @@ def test_threads_are_put_back_after_an_error_and_by_the_last_of_several_calls(th
     assert [torch.get_num_threads(), *count] == [3, 3]
 
 
+def test_the_threads_of_a_call_are_those_of_its_compiled_backward() -> None:
+    rule = ddn.DeclarativeLayer(SPHERE)._front
+    program, policy = rule.program, ddn.Policy()
+    one, two = (rule.rule(program, policy, threads) for threads in (1, "all"))
+    assert (one.threads, two.threads) == (1, "all")
+    assert rule.rule(program, policy, 1) is one
+
+
 def test_a_call_inside_of_a_call_leaves_it_its_threads(three_threads: None) -> None:
     with limited(1, 10):
         with limited(2, 10):

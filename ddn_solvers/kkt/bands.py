@@ -174,13 +174,13 @@ def _structure(hessian: Pattern, border: Pattern) -> Structure | None:
     V = Pattern(border.shape, indptr, index[order])
     pattern = sp.csr_matrix(V.matrix(np.ones(V.nnz)))
     in_band = reverse_cuthill_mckee(pattern @ pattern.T, symmetric_mode=True)
-    place = np.empty(rows, dtype=np.intp)
-    place[in_band] = np.arange(rows)
-    row_places, filled = place[V.indices], V.indptr[:-1][np.diff(V.indptr) > 0]
-    width = int((np.maximum.reduceat(row_places, filled) - np.minimum.reduceat(row_places, filled)).max())
+    of_row = np.empty(rows, dtype=np.intp)
+    of_row[in_band] = np.arange(rows)
+    at, filled = of_row[V.indices], V.indptr[:-1][np.diff(V.indptr) > 0]
+    width = int((np.maximum.reduceat(at, filled) - np.minimum.reduceat(at, filled)).max())
     if width > _WIDEST:
         return None
-    pairs, starts, place = _products(V, row_places, width)
+    pairs, starts, place = _products(V, at, width)
     return Structure(tuple(blocks), V, in_band, width, source[order], pairs, starts, place)
 
 

@@ -104,10 +104,8 @@ class System:
         K = K.scaled(scale)
         if singular is None:
             judge = self._solver if self._solver.decides else DenseLU()
-            self._state, start = (
-                judge.init(K),
-                self._pack(torch.from_numpy(without_symmetry(self._kept.shape[-1])).expand(self._kept.shape)),
-            )
+            self._state, start = judge.init(K), torch.from_numpy(without_symmetry(self._kept.shape[-1]))
+            start = self._pack(start.expand(self._kept.shape))
             self.condition = condition(judge, self._state, K.kept, norm, start)
             singular = self.condition > SINGULAR
             any_singular, factored = bool(singular.any()), self._solver.decides

@@ -151,9 +151,8 @@ def _established(
         singular[other], condition[other] = system.singular.numpy(), system.condition.numpy()
     feasible = there.scaled_feasibility <= policy.accuracy
     degenerate = np.flatnonzero(singular & finite & feasible)
-    if (
-        degenerate.size
-    ):  # those samples alone: the others stay as they are, and for those that failed it costs much
+    # Those samples alone: the others stay as they are, and for those that failed it costs much.
+    if degenerate.size:
         on_kinks = settled(evaluation, replace(active, weak=np.zeros_like(active.weak)))
         chosen = canonical_multipliers(on_kinks.take(degenerate), active.take(degenerate))
         point = PrimalDual(**{name: values.copy() for name, values in vars(there.point).items()})
