@@ -1,12 +1,16 @@
-"""Newton's method for small smooth problems with equality constraints alone, whole batches in one go.
+"""A primal-dual interior point method for small smooth problems, whole batches in one go.
 
-    [ H + delta I   A^T ] [ dz ]     [ grad f ]
-    [ A             -e  ] [ y  ]  = -[ c      ],   H of f + y^T c,   A the Jacobian of c
+With the sides w(z) = [-g(z); z - lower; upper - z] >= 0, their slacks s > 0 and multipliers k > 0, a step solves
 
-delta makes all curvature on the null space of A positive (Nocedal and Wright 2006, section 3.4). A step is taken as far as
-it lowers the merit function f + sigma |c|_1 (their algorithm 18.3), if need be after a correction of second order
-(section 18.3). Every operation works on all samples at once: what a compiled solver does for one sample costs as much as
-this for thirty. Samples do not see each other, so that each gets the same point in any batch.
+    [ H + W^T S W + delta I   A^T ] [ dz ]     [ grad f - W^T (mu/s - S (w - s)) ]
+    [ A                       -e  ] [ y  ]  = -[ h                               ],   S = k/s,  ds = W dz + w - s,
+
+A and W the Jacobians of h and w, H the Hessian of f + y^T h - k^T w: Newton's method for the conditions s k = mu, where mu
+goes to zero (Nocedal and Wright 2006, section 19.3; as fast as Waechter and Biegler 2006, section 2.1, let it). Where there are
+no sides, it is Newton's method. delta makes all curvature on the null space of A positive (their section 3.4). A step
+is taken as far as it lowers the merit function f - mu sum log s + sigma |(h, w - s)|_1 (their algorithm 18.3), if need be after
+a correction of second order (section 18.3). Every operation works on all samples at once: what a compiled solver does for
+one sample costs as much as this for thirty. Samples do not see each other, so that each gets the same point in any batch.
 """
 
 from __future__ import annotations
@@ -43,20 +47,36 @@ _RHO = 1e3  # of H + rho A^T A, which is tried for whether all curvature is posi
 _CORNER = 1e-12  # e, relative to A A^T over the largest of H: dependent rows leave the matrix regular
 # sigma over the largest multiplier, and the part of it that stays from step to step.
 _PENALTY, _FORGOTTEN = 1.1, 0.1
+# mu at the start and at the end over the tolerance, both relative to the change of the objective over the point's size.
+_BARRIER, _LAST_BARRIER = 0.1, 0.1
+_SOLVED = 10.0  # residuals of the conditions, over mu, at which mu is lowered
+_LINEAR, _SUPERLINEAR = 0.2, 1.5  # to the lesser of 0.2 mu and mu^1.5
+_INSIDE = 1e-2  # how far inside of bounds and inequalities the search begins, relative to the size of what they limit
+_TO_BOUNDARY = 0.995  # part of the way to the boundary that a step may go
+_MAX_LOWERED = 3  # times in one step
+_CENTRAL = 1e10  # factor by which s k may be away from mu
 
 
 class NewtonAdapter(Adapter):
     """One method, batch or not."""
 
     capabilities = Capabilities(
-        summary="small smooth problems with equality constraints, whole batches at a time",
+        summary="small smooth problems, whole batches at a time",
         package="numpy",
         pip="numpy",
         methods=(
             Method(
-                "line-search",
+                "interior-point",
                 frozenset({ProblemClass.QP, ProblemClass.LEAST_SQUARES, ProblemClass.NLP}),
-                frozenset({Feature.EQUALITY, Feature.NONCONVEX, Feature.NONSMOOTH}),
+                frozenset(
+                    {
+                        Feature.EQUALITY,
+                        Feature.INEQUALITY,
+                        Feature.BOUNDS,
+                        Feature.NONCONVEX,
+                        Feature.NONSMOOTH,
+                    }
+                ),
                 dialect=Dialect(
                     max_iter="max_iter",
                     tolerance="tolerance",
@@ -110,75 +130,200 @@ def _solve_all(batch: Batch, max_iter: int, tolerance: float, deadline: float) -
     return [points[i] for i in range(len(batch))]
 
 
+@dataclass(frozen=True)
+class _Sides:
+    """w(z) >= 0 and its Jacobian W for a batch; what is infinite stays at 1.
+
+    Attributes:
+        lower, upper: (B, n).
+        present: Which sides there are, (B, q) or, with bounds, (B, q + 2n).
+        free: Variables whose bounds do not coincide, (B, n).
+    """
+
+    lower: Array
+    upper: Array
+    present: Any
+    free: Any
+
+    @staticmethod
+    def of(batch: Batch) -> _Sides:
+        lower, upper, free = batch.lower, batch.upper, batch.lower != batch.upper
+        present = [np.ones((len(lower), batch.program.inequality.size), dtype=bool)]
+        if np.isfinite(lower).any() or np.isfinite(upper).any():
+            present += [np.isfinite(side) & free for side in (lower, upper)]
+        return _Sides(lower, upper, np.concatenate(present, axis=1), free)
+
+    def take(self, rows: Any) -> _Sides:
+        return _Sides(self.lower[rows], self.upper[rows], self.present[rows], self.free[rows])
+
+    def at(self, z: Array, g: Array) -> Array:
+        """w(z), (B, sides)."""
+        bounds = [z - self.lower, self.upper - z] if self.present.shape[1] > g.shape[1] else []
+        return np.where(self.present, np.concatenate([-g, *bounds], axis=1), 1.0)
+
+    def along(self, G: Array, dz: Array) -> Array:
+        """W dz, G being the Jacobian of g, (B, q, n)."""
+        bounds = [dz, -dz] if self.present.shape[1] > G.shape[1] else []
+        rows = -(G @ dz[:, :, None])[:, :, 0]
+        return np.where(self.present, np.concatenate([rows, *bounds], axis=1), 0.0)
+
+    def back(self, G: Array, v: Array) -> Array:
+        """W^T v."""
+        of_rows, lower, upper = self._split(G, v)
+        return lower - upper - (of_rows[:, None, :] @ G)[:, 0, :]
+
+    def squared(self, G: Array, v: Array) -> Array:
+        """W^T diag(v) W, (B, n, n)."""
+        of_rows, lower, upper = self._split(G, v)
+        found = G.transpose(0, 2, 1) @ (of_rows[:, :, None] * G)
+        np.einsum("bii->bi", found)[:] += lower + upper
+        return found
+
+    @staticmethod
+    def _split(G: Array, v: Array) -> tuple[Array, Any, Any]:
+        _, q, n = G.shape
+        if v.shape[1] == q:
+            return v, 0.0, 0.0
+        return v[:, :q], v[:, q : q + n], v[:, q + n :]
+
+    def inside(self, z: Array) -> Array:
+        """Points moved off the bounds."""
+        room = np.where(self.free, self.upper - self.lower, 0.0)
+        lowest, highest = (
+            side + np.where(np.isfinite(side), sign * _INSIDE * np.minimum(np.maximum(1.0, np.abs(side)), room), 0.0)
+            for side, sign in ((self.lower, 1), (self.upper, -1))
+        )
+        return np.where(self.free, np.clip(z, lowest, highest), self.lower)
+
+
 @dataclass
 class _Iterates:
-    """Where samples are: points, multipliers, and what is remembered of their last step."""
+    """Where samples are: points, slacks, multipliers, and what is remembered of their last step."""
 
     program: Any
     samples: Any  # their numbers in the batch
     parameters: Sequence[Array]
+    sides: _Sides
     z: Array  # (B, n)
     y: Array  # (B, m)
+    s: Array  # (B, sides), 1 of those that are not present
+    k: Array  # (B, sides), 0 of those
+    mu: Array  # (B,)
     penalty: Array  # (B,), sigma
 
     @staticmethod
     def at_start(batch: Batch) -> _Iterates:
-        size, y = len(batch), np.zeros((len(batch), batch.program.equality.size))
+        size, program, sides = len(batch), batch.program, _Sides.of(batch)
+        y = np.zeros((size, program.equality.size))
         for multipliers, point in zip(y, batch.warm_start or [None] * size, strict=True):
             if point is not None and point.equality is not None:
                 multipliers[:] = point.equality
-        z, penalty = batch.initial.copy(), np.zeros(size)
-        return _Iterates(batch.program, np.arange(size), batch.parameters, z, y, penalty)
+        z = sides.inside(batch.initial) if sides.present.any() else batch.initial.copy()
+        at = _Iterates(
+            program,
+            np.arange(size),
+            batch.parameters,
+            sides,
+            z,
+            y,
+            *(np.ones(sides.present.shape), np.zeros(sides.present.shape), *np.zeros((2, size))),
+        )
+        if sides.present.any():
+            first = program.first_order(z, batch.parameters)
+            G = program.jacobian_pattern.dense(first.jacobian)[:, y.shape[1] :]
+            w, far = sides.at(z, first.constraints[:, y.shape[1] :]), _size(z)[:, None]
+            reach = np.concatenate([np.sqrt((G**2).sum(axis=2)) * far, np.zeros_like(w[:, G.shape[1] :])], axis=1)
+            at.s = np.maximum(w, _INSIDE * (reach + np.abs(w)))
+            hessian = program.hessian(z, batch.parameters, np.zeros(first.constraints.shape[1]))
+            at.mu = _BARRIER * _energy(first.gradient, hessian, z)
+            at.k = np.where(sides.present, at.mu[:, None] / at.s, 0.0)
+        return at
 
     def take(self, rows: Any) -> _Iterates:
         parameters = [p if p.ndim == 1 else p[rows] for p in self.parameters]
-        of_samples = (values[rows] for values in (self.z, self.y, self.penalty))
-        return _Iterates(self.program, self.samples[rows], parameters, *of_samples)
+        of_samples = (values[rows] for values in (self.z, self.y, self.s, self.k, self.mu, self.penalty))
+        return _Iterates(self.program, self.samples[rows], parameters, self.sides.take(rows), *of_samples)
 
-    def point(self, k: Any, status: Status, iterations: int) -> Point:
-        z, y = self.z[k].copy(), self.y[k].copy()
+    def point(self, i: Any, status: Status, iterations: int) -> Point:
+        z, y, k, n = self.z[i].copy(), self.y[i].copy(), self.k[i], self.z.shape[1]
         message = (
             "no step, or no part of it, lowers the merit function" if status is Status.NUMERICAL_ERROR else ""
         )
-        if not np.isfinite(z).all() or not np.isfinite(y).all():
+        if not np.isfinite(z).all() or not np.isfinite(y).all() or not np.isfinite(k).all():
             return Point(z, Status.NUMERICAL_ERROR, iterations=iterations, message=message)
-        none = np.zeros(0)
-        return Point(z, status, equality=y, inequality=none, iterations=iterations, message=message)
+        q = self.program.inequality.size
+        lower, upper = np.split(k[q:], 2) if len(k) > q else np.zeros((2, n))
+        return Point(z, status, y, k[:q].copy(), lower.copy(), upper.copy(), iterations, message)
 
     def advance(self, open_: Any, tolerance: float) -> tuple[Any, Any]:
         """Take a step with the samples that are ``open_``; who has arrived, and who is stuck, (B,) bool each."""
+        m, sides, (_, n) = self.y.shape[1], self.sides, self.z.shape
         first = self.program.first_order(self.z, self.parameters)
-        A = self.program.jacobian_pattern.dense(first.jacobian)
-        lost = ((A == 0).all(axis=2) & (first.constraints != 0)).any(axis=1)  # as in the middle of a sphere
-        K = self._matrix(A, open_ & ~lost)
-        right = -np.concatenate([first.gradient, first.constraints], axis=1)
-        step, y = np.split(_solution(K, right), [self.z.shape[1]], axis=1)
-        length = np.maximum(1.0, np.abs(self.z).max(axis=1, initial=0.0))
-        arrived = (np.abs(step).max(axis=1, initial=0.0) <= tolerance * length) & ~lost
-        violation = np.abs(first.constraints).sum(axis=1)
-        self.penalty = np.maximum(_FORGOTTEN * self.penalty, _PENALTY * np.abs(y).max(axis=1, initial=0.0))
-        merit = first.objective + self.penalty * violation
+        J = self.program.jacobian_pattern.dense(first.jacobian)
+        A, G, h, g = J[:, :m], J[:, m:], first.constraints[:, :m], first.constraints[:, m:]
+        # as in the middle of a sphere
+        lost = ((J == 0).all(axis=2) & np.concatenate([h != 0, g > 0], axis=1)).any(axis=1)
+        apart = sides.at(self.z, g) - self.s
+        multipliers = np.concatenate([self.y, self.k[:, : g.shape[1]]], axis=1)
+        hessian = self.program.hessian(self.z, self.parameters, multipliers)
+        energy = _energy(first.gradient, hessian, self.z)
+        last = _LAST_BARRIER * tolerance * energy
+        violation = np.abs(h).sum(axis=1) + np.abs(apart).sum(axis=1)
+        if sides.present.shape[1]:
+            forces = first.gradient + (self.y[:, None] @ A)[:, 0] - sides.back(G, self.k)
+            off = np.maximum(_largest(forces * sides.free) * _size(self.z), self.penalty * violation)
+            self._lower_barrier(off, energy, last)
+        stiffness, pull = self.k / self.s, np.where(sides.present, self.mu[:, None] / self.s, 0.0)
+        K = self._matrix(hessian, A, sides.squared(G, stiffness), open_ & ~lost)
+        pushed = first.gradient - sides.back(G, pull - stiffness * apart)
+        right = -np.concatenate([pushed * sides.free, h], axis=1)
+        step, y = np.split(_solution(K, right), [n], axis=1)
+        ds = sides.along(G, step) + apart
+        k = pull - stiffness * ds
+        arrived = (_largest(step) <= tolerance * _size(self.z)) & ~lost
+        arrived &= (self.mu <= last) & ((self.s * self.k).max(axis=1, initial=0.0) <= _SOLVED * last)
+        weight = np.maximum(_largest(y), _largest(k[:, : g.shape[1]]))
+        self.penalty = np.maximum(_FORGOTTEN * self.penalty, _PENALTY * weight)
+        merit = first.objective + self.penalty * violation - self.mu * np.log(self.s).sum(axis=1)
         slope = (first.gradient * step).sum(axis=1) - self.penalty * violation
+        slope -= self.mu * (ds / self.s).sum(axis=1)
         noise = _NOISE * (np.abs(first.objective) + self.penalty * violation)
-        z, moved = self._line_search(K, step, merit + noise, slope, open_ & ~arrived & ~lost)
+        search = _LineSearch(self, K, G, stiffness, step, ds, merit + noise, slope)
+        z, s, moved = search.run(open_ & ~arrived & ~lost)
         z = np.where(arrived[:, None], self.z + step, z)
-        self.z = np.where(lost[:, None], self.z + length[:, None] * _direction(z.shape[1]), z)
+        self.z = np.where(lost[:, None], self.z + _size(z)[:, None] * _direction(n) * sides.free, z)
         self.y = np.where(lost[:, None], 0.0, y)
         self.penalty = np.where(lost, 0.0, self.penalty)
+        k = self.k + _room(self.k, k - self.k)[:, None] * (k - self.k)
+        center = self.mu[:, None] / s
+        self.s, self.k = s, np.where(sides.present, np.clip(k, center / _CENTRAL, center * _CENTRAL), 0.0)
         return arrived, ~arrived & ~moved & ~lost
 
-    def _matrix(self, A: Array, open_: Any) -> Array:
+    def _lower_barrier(self, off: Array, energy: Array, last: Array) -> None:
+        """Lower mu where its problem is solved, ``off`` (B,) being by how much the other conditions are not."""
+        product = np.where(self.sides.present, self.s * self.k, self.mu[:, None])
+        for _ in range(_MAX_LOWERED):
+            solved = np.maximum(off, _largest(product - self.mu[:, None])) <= _SOLVED * self.mu
+            lower = np.minimum(_LINEAR * self.mu, energy * (self.mu / energy) ** _SUPERLINEAR)
+            self.mu = np.where(solved, np.maximum(lower, np.minimum(last, self.mu)), self.mu)
+            product = np.where(self.sides.present, self.s * self.k, self.mu[:, None])
+
+    def _matrix(self, hessian: Array, A: Array, barrier: Array, open_: Any) -> Array:
         """K, with curvature positive along the constraints in the samples that are ``open_``."""
-        (batch, n), m = self.z.shape, A.shape[1]
-        nonzeros = self.program.hessian(self.z, self.parameters, self.y)
-        largest = np.abs(nonzeros).max(axis=1, initial=0.0)
+        (batch, n), m, free = self.z.shape, A.shape[1], self.sides.free
+        largest = np.abs(hessian).max(axis=1, initial=0.0)
         unit = np.where((largest > 0) & np.isfinite(largest), largest, 1.0)
-        norms = np.sqrt((A**2).sum(axis=2))
         K = np.zeros((batch, n + m, n + m))
-        K[:, :n, :n] = self.program.hessian_pattern.dense(nonzeros)
+        H = K[:, :n, :n]
+        H[:] = self.program.hessian_pattern.dense(hessian) + barrier
+        if not free.all():
+            A = A * free[:, None, :]
+            H *= free[:, None, :] * free[:, :, None]
+            np.einsum("bii->bi", H)[:] += unit[:, None] * ~free
+        norms = np.sqrt((A**2).sum(axis=2))
         K[:, n:, :n], K[:, :n, n:] = A, A.transpose(0, 2, 1)
         np.einsum("bii->bi", K)[:, n:] = -_CORNER * norms**2 / unit[:, None]
-        H, rows = K[:, :n, :n], A / np.where(norms > 0, norms, 1.0)[:, :, None]
+        rows = A / np.where(norms > 0, norms, 1.0)[:, :, None]
         good = np.isfinite(H).all(axis=(1, 2)) & np.isfinite(rows).all(axis=(1, 2))
         lifted = H + (_RHO * unit)[:, None, None] * (rows.transpose(0, 2, 1) @ rows)
         bent = np.array([i for i in np.flatnonzero(open_ & good) if not _positive(lifted[i])], dtype=np.intp)
@@ -191,31 +336,94 @@ class _Iterates:
             H[bent] += delta[:, None, None] * np.eye(n)
         return K
 
-    def _line_search(
-        self, K: Array, step: Array, merit: Array, slope: Array, wanted: Any
-    ) -> tuple[Array, Any]:
-        """Where the steps lead, and which of the samples ``wanted`` they bring on."""
-        z, share, n = self.z.copy(), np.ones(len(step)), step.shape[1]
-        searching, moved, limit = wanted.copy(), np.zeros(len(step), dtype=bool), merit + _SUFFICIENT * slope
-        while searching.any():
-            tried = self.z + share[:, None] * step
-            there, c = self._merit(tried)
-            lower = searching & (there <= limit)
-            if (share == 1).all() and (searching & ~lower).any():
-                # c bends away from the step: back to it from there
-                back = tried + _solution(K, np.concatenate([np.zeros_like(step), -c], axis=1))[:, :n]
-                helped = searching & ~lower & (self._merit(back)[0] <= limit)
-                tried, lower = np.where(helped[:, None], back, tried), lower | helped
-            z, moved = np.where(lower[:, None], tried, z), moved | lower
-            parabola = -slope * share**2 / (2 * (there - merit - slope * share))  # its lowest point
-            share = np.clip(np.nan_to_num(parabola), 0.1 * share, 0.5 * share)
-            searching &= ~lower & (share > _SHORTEST)
-            limit = merit + _SUFFICIENT * share * slope
-        return z, moved
 
-    def _merit(self, z: Array) -> tuple[Array, Array]:
-        f, c = self.program.values(z, self.parameters)
-        return f[:, 0] + self.penalty * np.abs(c).sum(axis=1), c
+@dataclass
+class _LineSearch:
+    """How far to go along a step (dz, ds) of a batch.
+
+    Attributes:
+        merit, slope: Of the merit function at its beginning, (B,).
+    """
+
+    at: _Iterates
+    K: Array
+    G: Array
+    stiffness: Array
+    dz: Array
+    ds: Array
+    merit: Array
+    slope: Array
+
+    def run(self, searching: Any) -> tuple[Array, Array, Any]:
+        """Where the steps lead, z and s, and which of the samples ``searching`` they bring on."""
+        z, s, moved = self.at.z.copy(), self.at.s.copy(), np.zeros(len(self.dz), dtype=bool)
+        share, corrected = _room(s, self.ds), False
+        while searching.any():
+            limit = self.merit + _SUFFICIENT * share * self.slope
+            tried_z, tried_s = self.at.z + share[:, None] * self.dz, self.at.s + share[:, None] * self.ds
+            there, h, apart, tried_s = self._merit(tried_z, tried_s)
+            lower = searching & (there <= limit)
+            if not corrected and (searching & ~lower).any():
+                back_z, back_s = self._back(tried_z, tried_s, h, apart)
+                helped, back_s = self._helped(back_z, back_s, limit)
+                helped &= searching & ~lower
+                tried_z, tried_s = (
+                    np.where(helped[:, None], a, b) for a, b in ((back_z, tried_z), (back_s, tried_s))
+                )
+                lower = lower | helped
+            corrected = True
+            z, s = np.where(lower[:, None], tried_z, z), np.where(lower[:, None], tried_s, s)
+            moved = moved | lower
+            parabola = -self.slope * share**2 / (2 * (there - self.merit - self.slope * share))  # its lowest point
+            share = np.clip(np.nan_to_num(parabola), 0.1 * share, 0.5 * share)
+            searching = searching & ~lower & (share > _SHORTEST)
+        return z, s, moved
+
+    def _back(self, z: Array, s: Array, h: Array, apart: Array) -> tuple[Array, Array]:
+        """Back to the constraints, which bend away from the step."""
+        at = self.at
+        force = -at.sides.back(self.G, self.stiffness * apart)
+        right = np.concatenate([force * at.sides.free, -h], axis=1)
+        dz = _solution(self.K, right)[:, : z.shape[1]]
+        return z + dz, s + at.sides.along(self.G, dz) + apart
+
+    def _helped(self, z: Array, s: Array, limit: Array) -> tuple[Any, Array]:
+        inside = (s >= (1 - _TO_BOUNDARY) * self.at.s).all(axis=1)
+        there, _, _, s = self._merit(z, np.maximum(s, (1 - _TO_BOUNDARY) * self.at.s))
+        return inside & (there <= limit), s
+
+    def _merit(self, z: Array, s: Array) -> tuple[Array, Array, Array, Array]:
+        """The merit function, h, w - s, and the slacks, which may grow to those of the inequalities."""
+        at, m = self.at, self.at.y.shape[1]
+        f, c = at.program.values(z, at.parameters)
+        w = at.sides.at(z, c[:, m:])
+        s = np.where(np.isfinite(w), np.maximum(s, w), s)
+        violation = np.abs(c[:, :m]).sum(axis=1) + np.abs(w - s).sum(axis=1)
+        merit = f[:, 0] + at.penalty * violation - at.mu * np.log(s).sum(axis=1)
+        return merit, c[:, :m], w - s, s
+
+
+def _room(values: Array, change: Array) -> Array:
+    """How much of a change leaves positive numbers positive, (B,), at most 1."""
+    shares = np.where(change < 0, -_TO_BOUNDARY * values / np.where(change < 0, change, 1.0), 1.0)
+    return np.minimum(shares.min(axis=1, initial=1.0), 1.0)
+
+
+def _energy(gradient: Array, hessian: Array, z: Array) -> Array:
+    """By how much the objective changes over the size of the point, (B,); 1 where it does not."""
+    size = _size(z)
+    change = np.maximum(_largest(gradient) * size, _largest(hessian) * size**2)
+    return np.where((change > 0) & np.isfinite(change), change, 1.0)
+
+
+def _size(z: Array) -> Array:
+    """max(1, |z|), (B,)"""
+    return np.maximum(1.0, _largest(z))
+
+
+def _largest(values: Array) -> Array:
+    """Maximum norm, (B,)."""
+    return np.abs(values).max(axis=1, initial=0.0)
 
 
 def _solution(K: Array, right: Array) -> Array:
