@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ddn_solvers.arrays import Mask
-from ddn_solvers.kkt.curvature import Curvature, curvature
+from ddn_solvers.kkt.curvature import Curvature, curvature, regular_jacobian
 from ddn_solvers.kkt.linear import SINGULAR
 from ddn_solvers.kkt.multipliers import dependent_rows
 from ddn_solvers.kkt.system import System
@@ -189,7 +189,7 @@ def certify(
     with np.errstate(all="ignore"):
         system = System(
             here.H,
-            here.regular_J,
+            regular_jacobian(here, active),
             torch.from_numpy(active.constraints),
             torch.from_numpy(active.fixed),
             linear_solver=policy.linear_solver,
@@ -234,7 +234,9 @@ def certify(
         null_space=_flat_directions(here, bent),
         policy=policy,
         distance=shaped(distance),
-        reasons=verified.reasons,
+        reasons=tuple(
+            "" if good else why for good, why in zip(verified.optimal, verified.reasons, strict=True)
+        ),
     )
 
 

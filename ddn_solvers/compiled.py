@@ -46,7 +46,7 @@ from ddn_solvers.kkt.conditions import Cotangents
 from ddn_solvers.policy import Policy, as_policy
 from ddn_solvers.problem import Problem
 from ddn_solvers.program import Program, compile_program
-from ddn_solvers.routing import Solver, routes
+from ddn_solvers.routing import Solver, newton_first, routes
 from ddn_solvers.search import Search
 from ddn_solvers.solve import as_options, conclude, warn_if_callbacks
 from ddn_solvers.threads import Threads
@@ -258,6 +258,7 @@ def _solve(
         options=as_options(module.options),
         initial=None,
         warm_start=None,
+        newton_first=newton_first(module.solver, program, warm_start=False),
     )
     threads = search.options.threads
     operation = Operation(program, policy, search.find, threads)

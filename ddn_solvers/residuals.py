@@ -308,14 +308,6 @@ class Evaluation:
         combined: Array = combine.reduceat(values, self.program.pieces.first, axis=1)
         return combined[:, self.program.pieces.group]
 
-    @property
-    def regular_J(self) -> Matrices:
-        """``J`` with vanishing rows zero: the system of a derivative is then singular, and says so."""
-        if not self.vanishing.any():
-            return self.J
-        pattern = self.J.pattern
-        return Matrices(pattern, np.where(self.vanishing[:, pattern.indices], 0.0, self.J.nonzeros))
-
     @cached_property
     def vanishing(self) -> Any:
         """Rows of c whose gradient is nothing beside what it is nearby, (B, m) bool.

@@ -24,9 +24,11 @@ AUTO: Mapping[ProblemClass, tuple[str, ...]] = {
     ProblemClass.NLP: ("casadi:ipopt", "scipy:SLSQP"),
 }
 AUTO_SPARSE_QP = ("casadi:ipopt", "cvxpy:CLARABEL")  # DAQP's algebra is dense
-# Before those, on small problems with equality constraints alone: whole batches at a time, dense.
+# Before those, on small smooth problems: whole batches at a time, dense.
 AUTO_SMALL = "newton"
-_SMALL = 128  # variables and rows up to which it is the faster one
+# Variables and rows up to which it is the faster one, from a few samples on; with inequalities or bounds.
+_SMALL, _SMALL_WITH_SIDES = 128, 64
+_SIDES = {Feature.BOUNDS, Feature.INEQUALITY}
 AUTO_NONSMOOTH = ("cvxpy:CLARABEL", "casadi:ipopt", "scipy:SLSQP")
 
 
@@ -106,26 +108,33 @@ def _auto(program: Program) -> list[Route]:
     return [*_quick(program), *found, *another]
 
 
-def newton_first(program: Program, warm_start: bool) -> bool:
-    """Whether "auto" begins with Newton steps on the active set, which end with a solver's word or without one.
+def newton_first(solver: Solver, program: Program, warm_start: bool) -> bool:
+    """Whether Newton steps on the active set come before the routes of ``solver``, which may then have nothing left to do.
 
-    From a warm start; and on QPs from any start where nothing can be active, so that one step is all there is to do, or
-    where sparse steps cost much less than a solver.
+    With "auto", from a warm start; and on QPs from any start where nothing can be active, so that one step is all there is
+    to do, or where sparse steps cost much less than a solver.
     """
+    if solver != "auto":
+        return False
     if not program.quadratic:
         return warm_start
     if program.problem_class is not ProblemClass.QP or not program.compiled or program.pieces is not None:
         return False
-    sides = program.features & {Feature.BOUNDS, Feature.INEQUALITY}
+    sides = program.features & _SIDES
     patterns = program.hessian_pattern, program.jacobian_pattern
     return not sides or large_and_sparse(*patterns) or by_bands(*patterns) is not None
 
 
 def _quick(program: Program) -> list[Route]:
-    small = program.variables.size + program.constraints <= _SMALL
-    if not small or program.numbers.any() or not program.compiled:  # |u| most often ends on its kink
+    kinks = program.numbers.any()  # |u| most often ends on its kink
+    form = program.lifted if kinks else program
+    if form is None or form.quadratic or not form.compiled:
+        return []
+    size = form.variables.size + form.constraints
+    if size > (_SMALL_WITH_SIDES if form.features & _SIDES else _SMALL):
         return []
     try:
-        return [replace(_route(AUTO_SMALL, program), tentative=True)]
+        route = _route(AUTO_SMALL, form)
     except (BackendCannotSolve, BackendNotFound, BackendNotInstalled):
         return []
+    return [replace(route, tentative=True, form=Form.LIFTED if kinks else Form.DECLARED)]

@@ -108,7 +108,7 @@ def solve_captured(
         options=call_options,
         initial=flat_point(program.variables, start, binding.batch) if start else None,
         warm_start=_warm_points(program, warm_start, binding),
-        newton_first=solver == "auto" and newton_first(program, warm_start is not None),
+        newton_first=newton_first(solver, program, warm_start is not None),
     )
     outputs, closest = (
         apply(Operation(program, policy, search.find, call_options.threads), binding.blocks),

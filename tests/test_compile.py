@@ -464,6 +464,20 @@ def test_no_second_solve_and_one_linearisation(monkeypatch):
     assert counts == {"find": 3, "vjp": 2}
 
 
+def test_newton_steps_come_first_as_in_eager(monkeypatch):
+    """A quadratic program without sides needs no backend; compiled code had asked one."""
+    layer = ddn.DeclarativeLayer(
+        ddn.Problem({"u": (3,)}, {"x": (3,)}, lambda u, x: (u - x).square().sum(), {"sum": lambda u: u.sum()})
+    )
+
+    def no_backend(*_: Any) -> Any:
+        raise AssertionError("a backend was asked")
+
+    monkeypatch.setattr(Search, "_call", no_backend)
+    x = torch.randn(2, 3, dtype=f64)
+    torch.testing.assert_close(compiled(layer)(x), x - x.mean(1, keepdim=True))
+
+
 def test_accumulation_and_saved_tensors_that_are_moved():
     model = Model(ddn.DeclarativeLayer(ball()))
     found = compiled(model)

@@ -386,7 +386,7 @@ def solvers_for(declaration: Declaration) -> list[str]:
         "casadi:ipopt",
         "scipy:SLSQP",
         *(["casadi:daqp", "cvxpy:CLARABEL"] if declaration.quadratic else []),
-        *(["newton"] if not declaration.inequality and {*declaration.bounds} <= {"free"} else []),
+        "newton",
     ]
 
 

@@ -1,4 +1,4 @@
-"""What "auto" tries before a solver: the batched Newton's method, and Newton steps on the active set of a QP."""
+"""What "auto" tries before a solver: the batched interior point method, and Newton steps on the active set of a QP."""
 
 import threading
 
@@ -112,16 +112,91 @@ def test_an_unbounded_and_an_infeasible_problem_are_named_by_others() -> None:
         ddn.solve(infeasible, {"x": torch.ones(2, dtype=D)})
 
 
-def test_inequalities_bounds_and_kinks_of_numbers_are_not_put_to_it() -> None:
-    def first(**more: object) -> str:
-        base = {"objective": lambda u, x: (u - x).exp().sum() - u.sum()}
-        problem = ddn.Problem({"u": (2,)}, {"x": (2,)}, **{**base, **more})  # type: ignore[arg-type]
+def test_it_comes_first_on_small_problems_that_are_no_quadratic_programs() -> None:
+    def first(n: int = 2, **more: object) -> str:
+        base = {"objective": lambda u, x: (u - x[0]).exp().sum() - u.sum()}
+        problem = ddn.Problem({"u": (n,)}, {"x": (2,)}, **{**base, **more})  # type: ignore[arg-type]
         return ddn.solve(problem, {"x": torch.ones(2, dtype=D)}).stats.backend[0]
 
     assert first() == "newton"
-    assert first(inequality=lambda u: u.sum() - 100) != "newton"
-    assert first(bounds={"u": (-100.0, 100.0)}) != "newton"
-    assert first(objective=lambda u, x: (u - x).exp().sum() + (u - 5).abs().sum()) != "newton"
+    assert first(inequality=lambda u: u.sum() - 100) == "newton"
+    assert first(bounds={"u": (-100.0, 100.0)}) == "newton"
+    assert first(objective=lambda u, x: (u - x).exp().sum() + (u - 5).abs().sum()) == "newton"
+    assert first(n=100) == "newton"
+    assert first(n=100, bounds={"u": (-100.0, 100.0)}) == "casadi"
+    assert first(objective=lambda u, x: (u - x).square().sum(), bounds={"u": (-1.0, 1.0)}) != "newton"
+
+
+MIXED = ddn.Problem(
+    variables={"u": (20,)},
+    parameters={"x": (20,), "low": (20,), "r": ()},
+    objective=lambda u, x: (u - x).square().sum() + (u[1:] * u[:-1]).square().sum(),
+    equality={"sum": lambda u: u.sum() - 1},
+    inequality={"ball": lambda u, r: u.square().sum() - r, "each": lambda u, x: (u * x)[:5] - 0.2},
+    bounds={"u": (lambda low: torch.where(low < -10, -torch.inf, low), 1.0)},
+)
+
+
+def mixed_inputs(batch: int) -> dict[str, torch.Tensor]:
+    """Bounds of some samples are infinite, or coincide."""
+    g = torch.Generator().manual_seed(8)
+    x = torch.randn(batch, 20, generator=g, dtype=D)
+    low = torch.full((batch, 20), -0.5, dtype=D)
+    low[::3, 4:] = -20.0
+    low[1::3, 7] = 1.0
+    return {"x": x, "low": low, "r": 2 + torch.rand(batch, generator=g, dtype=D)}
+
+
+def test_inequalities_and_bounds_have_the_points_multipliers_and_gradients_of_ipopt() -> None:
+    found = {}
+    for solver in ("newton", "casadi:ipopt"):
+        values = mixed_inputs(9)
+        leaves = [values[name].requires_grad_() for name in ("x", "r")]
+        solution = ddn.solve(MIXED, values, solver=solver)
+        assert solution.stats.backend == (solver.partition(":")[0],) * 9
+        assert (solution.dual.inequality["ball"] > 1e-3).any()
+        assert ((solution.dual.lower["u"] > 1e-3).sum() > 9) & (solution.dual.lower["u"] == 0).any()
+        v = torch.linspace(-1, 1, 20, dtype=D)
+        gradients = torch.autograd.grad((solution["u"] @ v).sum(), leaves, retain_graph=True)
+        of_duals = torch.autograd.grad(solution.dual.inequality["ball"].sum(), leaves)
+        found[solver] = (solution["u"], *solution.dual.inequality.values(), *gradients, *of_duals)
+    for ours, other in zip(*found.values(), strict=True):
+        torch.testing.assert_close(ours, other, rtol=1e-8, atol=1e-9)
+
+
+def test_each_sample_with_inequalities_gets_the_same_point_in_any_batch() -> None:
+    values = mixed_inputs(33)
+    together = ddn.solve(MIXED, values, solver="newton")
+    for i in (0, 1, 17, 32):
+        alone = ddn.solve(MIXED, {k: v[i : i + 1] for k, v in values.items()}, solver="newton")
+        torch.testing.assert_close(alone["u"][0], together["u"][i], rtol=1e-12, atol=1e-13)
+        assert alone.stats.iterations[0] == together.stats.iterations[i]
+
+
+def test_its_steps_do_not_depend_on_the_unit_of_the_objective() -> None:
+    problem = ddn.Problem(
+        {"u": (5,)},
+        {"x": (5,), "unit": ()},
+        lambda u, x, unit: unit * ((u - x).square().sum() + u.exp().sum()),
+        inequality=lambda u: u.square().sum() - 1,
+        bounds={"u": (-0.4, None)},
+    )
+    x = torch.randn(5, generator=torch.Generator().manual_seed(2), dtype=D).expand(3, 5)
+    unit = torch.tensor([1e-6, 1.0, 1e6], dtype=D)
+    solution = ddn.solve(problem, {"x": x, "unit": unit}, solver="newton")
+    assert len(set(solution.stats.iterations)) == 1
+    torch.testing.assert_close(solution["u"], solution["u"][:1].expand(3, 5), rtol=0, atol=1e-12)
+
+
+def test_infeasible_inequalities_are_told_by_others() -> None:
+    problem = ddn.Problem(
+        {"u": (3,)},
+        {"x": (3,)},
+        lambda u, x: (u - x).exp().sum(),
+        inequality={"near": lambda u: u.square().sum() - 1, "far": lambda u: 4 - u.sum()},
+    )
+    with pytest.raises(ddn.SolveError, match="infeasible"):
+        ddn.solve(problem, {"x": torch.ones(3, dtype=D)})
 
 
 def test_dependent_rows_do_not_stop_it() -> None:
@@ -166,7 +241,7 @@ def test_native_options_are_for_the_others() -> None:
     x = {"x": torch.ones(2, dtype=D)}
     solution = ddn.solve(problem, x, options={"ipopt.mu_strategy": "adaptive"})
     assert solution.stats.backend == ("casadi",)
-    with pytest.raises(ddn.ProblemError, match=r"'penalty' is not one that newton:line-search accepts"):
+    with pytest.raises(ddn.ProblemError, match=r"'penalty' is not one that newton:interior-point accepts"):
         ddn.solve(problem, x, solver="newton", options={"penalty": 1.0})
 
 

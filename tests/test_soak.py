@@ -31,7 +31,7 @@ def test_memory_does_not_grow_with_calls(solver):
             {"x": (5,)},
             lambda u, x: (u - net(x)).square().sum(),
             {"sum": lambda u: u.sum()},
-            bounds=None if solver == "newton" else {"u": (-1, 1)},  # it takes none
+            bounds={"u": (-1, 1)},
         ),
         solver=solver,
         policy=ddn.Policy("mask"),

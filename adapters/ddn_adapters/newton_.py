@@ -18,6 +18,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from ddn_solvers.adapter import (
     Point,
     ProblemClass,
     Status,
+    bound_multipliers,
 )
 from ddn_solvers.arrays import without_symmetry
 
@@ -164,13 +166,13 @@ class _Sides:
     def along(self, G: Array, dz: Array) -> Array:
         """W dz, G being the Jacobian of g, (B, q, n)."""
         bounds = [dz, -dz] if self.present.shape[1] > G.shape[1] else []
-        rows = -(G @ dz[:, :, None])[:, :, 0]
+        rows = -_times(G, dz)
         return np.where(self.present, np.concatenate([rows, *bounds], axis=1), 0.0)
 
     def back(self, G: Array, v: Array) -> Array:
         """W^T v."""
         of_rows, lower, upper = self._split(G, v)
-        return lower - upper - (of_rows[:, None, :] @ G)[:, 0, :]
+        return lower - upper - _transposed_times(G, of_rows)
 
     def squared(self, G: Array, v: Array) -> Array:
         """W^T diag(v) W, (B, n, n)."""
@@ -190,7 +192,10 @@ class _Sides:
         """Points moved off the bounds."""
         room = np.where(self.free, self.upper - self.lower, 0.0)
         lowest, highest = (
-            side + np.where(np.isfinite(side), sign * _INSIDE * np.minimum(np.maximum(1.0, np.abs(side)), room), 0.0)
+            side
+            + np.where(
+                np.isfinite(side), sign * _INSIDE * np.minimum(np.maximum(1.0, np.abs(side)), room), 0.0
+            )
             for side, sign in ((self.lower, 1), (self.upper, -1))
         )
         return np.where(self.free, np.clip(z, lowest, highest), self.lower)
@@ -210,6 +215,7 @@ class _Iterates:
     k: Array  # (B, sides), 0 of those
     mu: Array  # (B,)
     penalty: Array  # (B,), sigma
+    forces: Array  # (B, n), on fixed variables
 
     @staticmethod
     def at_start(batch: Batch) -> _Iterates:
@@ -219,20 +225,17 @@ class _Iterates:
             if point is not None and point.equality is not None:
                 multipliers[:] = point.equality
         z = sides.inside(batch.initial) if sides.present.any() else batch.initial.copy()
+        ones, none = np.ones(sides.present.shape), np.zeros(size)
         at = _Iterates(
-            program,
-            np.arange(size),
-            batch.parameters,
-            sides,
-            z,
-            y,
-            *(np.ones(sides.present.shape), np.zeros(sides.present.shape), *np.zeros((2, size))),
+            program, np.arange(size), batch.parameters, sides, z, y, ones, 0 * ones, none, none, 0 * z
         )
         if sides.present.any():
             first = program.first_order(z, batch.parameters)
             G = program.jacobian_pattern.dense(first.jacobian)[:, y.shape[1] :]
             w, far = sides.at(z, first.constraints[:, y.shape[1] :]), _size(z)[:, None]
-            reach = np.concatenate([np.sqrt((G**2).sum(axis=2)) * far, np.zeros_like(w[:, G.shape[1] :])], axis=1)
+            reach = np.concatenate(
+                [np.sqrt((G**2).sum(axis=2)) * far, np.zeros_like(w[:, G.shape[1] :])], axis=1
+            )
             at.s = np.maximum(w, _INSIDE * (reach + np.abs(w)))
             hessian = program.hessian(z, batch.parameters, np.zeros(first.constraints.shape[1]))
             at.mu = _BARRIER * _energy(first.gradient, hessian, z)
@@ -241,81 +244,76 @@ class _Iterates:
 
     def take(self, rows: Any) -> _Iterates:
         parameters = [p if p.ndim == 1 else p[rows] for p in self.parameters]
-        of_samples = (values[rows] for values in (self.z, self.y, self.s, self.k, self.mu, self.penalty))
+        of_samples = (
+            values[rows] for values in (self.z, self.y, self.s, self.k, self.mu, self.penalty, self.forces)
+        )
         return _Iterates(self.program, self.samples[rows], parameters, self.sides.take(rows), *of_samples)
 
     def point(self, i: Any, status: Status, iterations: int) -> Point:
-        z, y, k, n = self.z[i].copy(), self.y[i].copy(), self.k[i], self.z.shape[1]
+        z, y, k = self.z[i].copy(), self.y[i].copy(), self.k[i]
         message = (
             "no step, or no part of it, lowers the merit function" if status is Status.NUMERICAL_ERROR else ""
         )
         if not np.isfinite(z).all() or not np.isfinite(y).all() or not np.isfinite(k).all():
             return Point(z, Status.NUMERICAL_ERROR, iterations=iterations, message=message)
         q = self.program.inequality.size
-        lower, upper = np.split(k[q:], 2) if len(k) > q else np.zeros((2, n))
-        return Point(z, status, y, k[:q].copy(), lower.copy(), upper.copy(), iterations, message)
+        lower, upper = bound_multipliers(-self.forces[i]).values()
+        if len(k) > q:
+            lower, upper = lower + k[q : q + len(z)], upper + k[q + len(z) :]
+        return Point(z, status, y, k[:q].copy(), lower, upper, iterations, message)
 
     def advance(self, open_: Any, tolerance: float) -> tuple[Any, Any]:
         """Take a step with the samples that are ``open_``; who has arrived, and who is stuck, (B,) bool each."""
-        m, sides, (_, n) = self.y.shape[1], self.sides, self.z.shape
-        first = self.program.first_order(self.z, self.parameters)
-        J = self.program.jacobian_pattern.dense(first.jacobian)
-        A, G, h, g = J[:, :m], J[:, m:], first.constraints[:, :m], first.constraints[:, m:]
-        # as in the middle of a sphere
-        lost = ((J == 0).all(axis=2) & np.concatenate([h != 0, g > 0], axis=1)).any(axis=1)
-        apart = sides.at(self.z, g) - self.s
-        multipliers = np.concatenate([self.y, self.k[:, : g.shape[1]]], axis=1)
-        hessian = self.program.hessian(self.z, self.parameters, multipliers)
-        energy = _energy(first.gradient, hessian, self.z)
+        here, sides, n = _Local.of(self), self.sides, self.z.shape[1]
+        energy, searching = _energy(here.gradient, here.hessian, self.z), open_ & ~here.lost
         last = _LAST_BARRIER * tolerance * energy
-        violation = np.abs(h).sum(axis=1) + np.abs(apart).sum(axis=1)
         if sides.present.shape[1]:
-            forces = first.gradient + (self.y[:, None] @ A)[:, 0] - sides.back(G, self.k)
-            off = np.maximum(_largest(forces * sides.free) * _size(self.z), self.penalty * violation)
-            self._lower_barrier(off, energy, last)
+            self._lower_barrier(here, energy, last)
         stiffness, pull = self.k / self.s, np.where(sides.present, self.mu[:, None] / self.s, 0.0)
-        K = self._matrix(hessian, A, sides.squared(G, stiffness), open_ & ~lost)
-        pushed = first.gradient - sides.back(G, pull - stiffness * apart)
-        right = -np.concatenate([pushed * sides.free, h], axis=1)
-        step, y = np.split(_solution(K, right), [n], axis=1)
-        ds = sides.along(G, step) + apart
-        k = pull - stiffness * ds
-        arrived = (_largest(step) <= tolerance * _size(self.z)) & ~lost
-        arrived &= (self.mu <= last) & ((self.s * self.k).max(axis=1, initial=0.0) <= _SOLVED * last)
-        weight = np.maximum(_largest(y), _largest(k[:, : g.shape[1]]))
+        K = self._matrix(here, sides.squared(here.G, stiffness), searching)
+        pushed = here.gradient - sides.back(here.G, pull - stiffness * here.apart)
+        right = -np.concatenate([pushed * sides.free, here.h], axis=1)
+        dz, y = np.split(_solution(K, right), [n], axis=1)
+        ds = sides.along(here.G, dz) + here.apart
+        k, room = pull - stiffness * ds, _room(self.s, ds)
+        arrived = (_largest(dz) <= tolerance * _size(self.z)) & (self.mu <= last) & ~here.lost
+        arrived &= (self.s * self.k).max(axis=1, initial=0.0) <= _SOLVED * last
+        weight = np.maximum(_largest(y), _largest(k[:, : here.G.shape[1]]))
         self.penalty = np.maximum(_FORGOTTEN * self.penalty, _PENALTY * weight)
-        merit = first.objective + self.penalty * violation - self.mu * np.log(self.s).sum(axis=1)
-        slope = (first.gradient * step).sum(axis=1) - self.penalty * violation
-        slope -= self.mu * (ds / self.s).sum(axis=1)
-        noise = _NOISE * (np.abs(first.objective) + self.penalty * violation)
-        search = _LineSearch(self, K, G, stiffness, step, ds, merit + noise, slope)
-        z, s, moved = search.run(open_ & ~arrived & ~lost)
-        z = np.where(arrived[:, None], self.z + step, z)
-        self.z = np.where(lost[:, None], self.z + _size(z)[:, None] * _direction(n) * sides.free, z)
-        self.y = np.where(lost[:, None], 0.0, y)
-        self.penalty = np.where(lost, 0.0, self.penalty)
+        merit = here.f + self.penalty * here.violation - self.mu * np.log(self.s).sum(axis=1)
+        merit += _NOISE * (np.abs(here.f) + self.penalty * here.violation)
+        slope = (here.gradient * dz).sum(axis=1) - self.mu * (ds / self.s).sum(axis=1)
+        slope -= self.penalty * here.violation
+        search = _LineSearch(self, K, here.G, stiffness, dz, ds, merit, slope)
+        z, s, moved = search.run(room, searching & ~arrived)
+        z = np.where(arrived[:, None], self.z + room[:, None] * dz, z)
+        self.forces = np.where(sides.free, 0.0, here.unbalanced(sides, y, k))
+        lost = here.lost[:, None]
+        self.z = np.where(lost, self.z + _size(z)[:, None] * _direction(n) * sides.free, z)
+        self.y, self.penalty = np.where(lost, 0.0, y), np.where(here.lost, 0.0, self.penalty)
         k = self.k + _room(self.k, k - self.k)[:, None] * (k - self.k)
         center = self.mu[:, None] / s
         self.s, self.k = s, np.where(sides.present, np.clip(k, center / _CENTRAL, center * _CENTRAL), 0.0)
-        return arrived, ~arrived & ~moved & ~lost
+        return arrived, ~arrived & ~moved & ~here.lost
 
-    def _lower_barrier(self, off: Array, energy: Array, last: Array) -> None:
-        """Lower mu where its problem is solved, ``off`` (B,) being by how much the other conditions are not."""
-        product = np.where(self.sides.present, self.s * self.k, self.mu[:, None])
+    def _lower_barrier(self, here: _Local, energy: Array, last: Array) -> None:
+        """Lower mu, of the samples whose conditions hold up to it; all in units of the objective."""
+        unbalanced = _largest(here.unbalanced(self.sides, self.y, self.k) * self.sides.free)
+        off = np.maximum(unbalanced * _size(self.z), self.penalty * here.violation)
         for _ in range(_MAX_LOWERED):
-            solved = np.maximum(off, _largest(product - self.mu[:, None])) <= _SOLVED * self.mu
+            apart = np.where(self.sides.present, self.s * self.k - self.mu[:, None], 0.0)
+            solved = np.maximum(off, _largest(apart)) <= _SOLVED * self.mu
             lower = np.minimum(_LINEAR * self.mu, energy * (self.mu / energy) ** _SUPERLINEAR)
             self.mu = np.where(solved, np.maximum(lower, np.minimum(last, self.mu)), self.mu)
-            product = np.where(self.sides.present, self.s * self.k, self.mu[:, None])
 
-    def _matrix(self, hessian: Array, A: Array, barrier: Array, open_: Any) -> Array:
+    def _matrix(self, here: _Local, barrier: Array, open_: Any) -> Array:
         """K, with curvature positive along the constraints in the samples that are ``open_``."""
-        (batch, n), m, free = self.z.shape, A.shape[1], self.sides.free
-        largest = np.abs(hessian).max(axis=1, initial=0.0)
+        A, free = here.A, self.sides.free
+        (batch, m, n), largest = A.shape, np.abs(here.hessian).max(axis=1, initial=0.0)
         unit = np.where((largest > 0) & np.isfinite(largest), largest, 1.0)
         K = np.zeros((batch, n + m, n + m))
         H = K[:, :n, :n]
-        H[:] = self.program.hessian_pattern.dense(hessian) + barrier
+        H[:] = self.program.hessian_pattern.dense(here.hessian) + barrier
         if not free.all():
             A = A * free[:, None, :]
             H *= free[:, None, :] * free[:, :, None]
@@ -326,7 +324,7 @@ class _Iterates:
         rows = A / np.where(norms > 0, norms, 1.0)[:, :, None]
         good = np.isfinite(H).all(axis=(1, 2)) & np.isfinite(rows).all(axis=(1, 2))
         lifted = H + (_RHO * unit)[:, None, None] * (rows.transpose(0, 2, 1) @ rows)
-        bent = np.array([i for i in np.flatnonzero(open_ & good) if not _positive(lifted[i])], dtype=np.intp)
+        bent = _not_positive(lifted, np.flatnonzero(open_ & good))
         if bent.size:  # or nearly so: their eigenvalues decide
             along, big = np.eye(n) - np.linalg.pinv(rows[bent]) @ rows[bent], unit[bent, None, None]
             least = np.linalg.eigvalsh(along @ H[bent] @ along + big * (np.eye(n) - along))[:, 0]
@@ -335,6 +333,47 @@ class _Iterates:
             )
             H[bent] += delta[:, None, None] * np.eye(n)
         return K
+
+
+@dataclass(frozen=True)
+class _Local:
+    """Values and derivatives at the points of a batch.
+
+    Attributes:
+        hessian: Nonzeros of that of the Lagrangian.
+        apart: w - s.
+        lost: A row that does not hold has no gradient, as in the middle of a sphere, (B,).
+    """
+
+    f: Array
+    gradient: Array
+    h: Array
+    A: Array
+    G: Array
+    hessian: Array
+    apart: Array
+    lost: Any
+
+    @staticmethod
+    def of(at: _Iterates) -> _Local:
+        m, program = at.y.shape[1], at.program
+        first = program.first_order(at.z, at.parameters)
+        J, h, g = program.jacobian_pattern.dense(first.jacobian), *np.split(first.constraints, [m], axis=1)
+        multipliers = np.concatenate([at.y, at.k[:, : g.shape[1]]], axis=1)
+        hessian = program.hessian(at.z, at.parameters, multipliers)
+        lost = ((J == 0).all(axis=2) & np.concatenate([h != 0, g > 0], axis=1)).any(axis=1)
+        apart = at.sides.at(at.z, g) - at.s
+        return _Local(first.objective, first.gradient, h, J[:, :m], J[:, m:], hessian, apart, lost)
+
+    @cached_property
+    def violation(self) -> Array:
+        """|(h, w - s)|_1, (B,)."""
+        found: Array = np.abs(self.h).sum(axis=1) + np.abs(self.apart).sum(axis=1)
+        return found
+
+    def unbalanced(self, sides: _Sides, y: Array, k: Array) -> Array:
+        """grad f + A^T y - W^T k, (B, n)."""
+        return self.gradient + _transposed_times(self.A, y) - sides.back(self.G, k)
 
 
 @dataclass
@@ -354,10 +393,14 @@ class _LineSearch:
     merit: Array
     slope: Array
 
-    def run(self, searching: Any) -> tuple[Array, Array, Any]:
-        """Where the steps lead, z and s, and which of the samples ``searching`` they bring on."""
+    def run(self, share: Array, searching: Any) -> tuple[Array, Array, Any]:
+        """Where the steps lead, z and s, and which of the samples ``searching`` they bring on.
+
+        Args:
+            share: How far to go at most, (B,).
+        """
         z, s, moved = self.at.z.copy(), self.at.s.copy(), np.zeros(len(self.dz), dtype=bool)
-        share, corrected = _room(s, self.ds), False
+        corrected = False
         while searching.any():
             limit = self.merit + _SUFFICIENT * share * self.slope
             tried_z, tried_s = self.at.z + share[:, None] * self.dz, self.at.s + share[:, None] * self.ds
@@ -374,7 +417,9 @@ class _LineSearch:
             corrected = True
             z, s = np.where(lower[:, None], tried_z, z), np.where(lower[:, None], tried_s, s)
             moved = moved | lower
-            parabola = -self.slope * share**2 / (2 * (there - self.merit - self.slope * share))  # its lowest point
+            parabola = (
+                -self.slope * share**2 / (2 * (there - self.merit - self.slope * share))
+            )  # its lowest point
             share = np.clip(np.nan_to_num(parabola), 0.1 * share, 0.5 * share)
             searching = searching & ~lower & (share > _SHORTEST)
         return z, s, moved
@@ -401,6 +446,16 @@ class _LineSearch:
         violation = np.abs(c[:, :m]).sum(axis=1) + np.abs(w - s).sum(axis=1)
         merit = f[:, 0] + at.penalty * violation - at.mu * np.log(s).sum(axis=1)
         return merit, c[:, :m], w - s, s
+
+
+def _times(matrices: Array, vectors: Array) -> Array:
+    found: Array = (matrices @ vectors[:, :, None])[:, :, 0]
+    return found
+
+
+def _transposed_times(matrices: Array, vectors: Array) -> Array:
+    found: Array = (vectors[:, None, :] @ matrices)[:, 0, :]
+    return found
 
 
 def _room(values: Array, change: Array) -> Array:
@@ -437,10 +492,16 @@ def _solution(K: Array, right: Array) -> Array:
         return np.concatenate([_solution(K[:half], right[:half]), _solution(K[half:], right[half:])])
 
 
-def _positive(matrix: Array) -> bool:
+def _not_positive(matrices: Array, samples: Any) -> Any:
+    """Those of the samples whose matrices are not positive definite."""
     from scipy.linalg.lapack import dpotrf  # a tenth of a second to import
 
-    return dpotrf(matrix, lower=True)[1] == 0
+    try:
+        np.linalg.cholesky(matrices[samples])
+    except np.linalg.LinAlgError:  # of some: which?
+        found = [i for i in samples if dpotrf(matrices[i], lower=True)[1] != 0]
+        return np.array(found, dtype=np.intp)
+    return samples[:0]
 
 
 def _direction(n: int) -> Array:

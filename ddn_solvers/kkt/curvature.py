@@ -29,6 +29,7 @@ from ddn_solvers.inertia import negative_eigenvalues
 from ddn_solvers.kkt.linear import DEPENDENT, least_squares
 from ddn_solvers.kkt.operator import DENSE_LIMIT, Bordered, Sparse, large_and_sparse
 from ddn_solvers.kkt.system import System
+from ddn_solvers.lowering.pattern import Matrices
 from ddn_solvers.residuals import Evaluation
 
 _CLEARLY = 1e-7  # relative to the largest entry of H: below it, an eigenvalue may be rounding
@@ -67,6 +68,27 @@ class Curvature:
     def positive(self) -> Any:
         """(B,) bool: the second-order sufficient condition holds."""
         return self.smallest > _CLEARLY
+
+
+def vanishing(evaluation: Evaluation, active: ActiveSet) -> Mask:
+    """Active rows of c that hold nothing: their gradient vanishes, or does in all variables that no bound fixes, (B, m).
+
+    The latter depend on the bounds that are active, as at a cusp: the system, whose rows are equilibrated without the fixed
+    variables, would not show it.
+    """
+    gone: Mask = evaluation.vanishing
+    if active.fixed.any():
+        free = np.sqrt(evaluation.J.squared.times(np.where(active.fixed, 0.0, evaluation.size) ** 2))
+        gone = gone | (free <= DEPENDENT * evaluation.reach)
+    return gone & active.constraints
+
+
+def regular_jacobian(evaluation: Evaluation, active: ActiveSet) -> Matrices:
+    """J with rows zero that hold nothing: the system of a derivative is then singular, and says so."""
+    gone, J = vanishing(evaluation, active), evaluation.J
+    if not gone.any():
+        return J
+    return Matrices(J.pattern, np.where(gone[:, J.pattern.indices], 0.0, J.nonzeros))
 
 
 def curvature(evaluation: Evaluation, active: ActiveSet) -> Curvature:
@@ -165,7 +187,7 @@ def _above(K: Bordered, sample: int, shift: float, rho: float) -> bool:
 def _sparse_curvature(evaluation: Evaluation, active: ActiveSet) -> Curvature | None:
     """``None`` where some sample is singular and dense algebra, which is sharper there, still possible."""
     masks = torch.from_numpy(active.constraints), torch.from_numpy(active.fixed)
-    system = System(evaluation.H, evaluation.regular_J, *masks, linear_solver="sparse")
+    system = System(evaluation.H, regular_jacobian(evaluation, active), *masks, linear_solver="sparse")
     if active.n <= DENSE_LIMIT and bool(system.singular.any()):
         return None
     K = _unit(evaluation, active)

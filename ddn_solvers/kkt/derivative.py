@@ -37,7 +37,7 @@ from ddn_solvers.kkt.conditions import (
     smoothed,
     smoothed_conditions,
 )
-from ddn_solvers.kkt.curvature import curvature
+from ddn_solvers.kkt.curvature import curvature, regular_jacobian
 from ddn_solvers.kkt.directional import Change, directional_derivative, needs_direction
 from ddn_solvers.kkt.polish import kkt_system
 from ddn_solvers.kkt.system import System
@@ -104,7 +104,7 @@ class Linearisation:
         m, n = self.evaluation.functions.rows, self.active.n
         masks = active_masks(sides, weak, m, n, self.policy)
         options = _options(self.policy)
-        hessian, jacobian = self._at.H, self._at.regular_J
+        hessian, jacobian = self._at.H, regular_jacobian(self._at, self.active)
         if self.policy.smoothing:
             dense, rows = [torch.from_numpy(a.dense) for a in (hessian, jacobian)], masks[0][1][0]
             smooth = smoothed_conditions(

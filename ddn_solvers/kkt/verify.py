@@ -16,7 +16,7 @@ import torch
 
 from ddn_solvers.active_set import ActiveSet, identify, off_kinks, settled
 from ddn_solvers.arrays import Array, Index, Mask
-from ddn_solvers.kkt.curvature import curvature, surely_minimal
+from ddn_solvers.kkt.curvature import curvature, surely_minimal, vanishing
 from ddn_solvers.kkt.multipliers import canonical_multipliers
 from ddn_solvers.kkt.polish import Polished, kkt_system, polish
 from ddn_solvers.kkt.system import System
@@ -109,7 +109,7 @@ def judge(polished: Polished, policy: Policy, dtype: torch.dtype, minimum: bool 
     tolerance = np.where(np.isfinite(tolerance), tolerance, 0.0)
     evaluation, active, singular, condition = _established(evaluation, tolerance, polished, policy)
     kinks = _kinks(evaluation)
-    singular = singular | (evaluation.vanishing & active.constraints).any(axis=1)
+    singular = singular | vanishing(evaluation, active).any(axis=1)
     reusable = not singular.any() and np.array_equal(polished.working.sides, active.sides)
     nearby = polished.system if reusable else None
     bent = np.zeros(batch, dtype=bool)
