@@ -107,7 +107,8 @@ class Options:
         call_time_limit: Seconds for all samples and retries, or ``None``: adapters see ``deadline``.
         deadline: When that is over, on ``time.monotonic``; kept by ``attempt`` between samples, and by
             ``Instance`` in methods that call back.
-        isolate: Run the backend in a process of its own; adapters see nothing of it.
+        workers: Processes of their own in which the backend runs, each with a share of the samples; with 0 it
+            runs in this one. Adapters see nothing of it.
         threads: How many torch may take; adapters see nothing of it.
         native: Options under the backend's own names; unknown ones are a ``ProblemError``.
     """
@@ -117,7 +118,7 @@ class Options:
     tolerance: float | None = None
     call_time_limit: float | None = None
     deadline: float = np.inf
-    isolate: bool = False
+    workers: int = 0
     threads: Threads = "auto"
     native: Mapping[str, Any] = field(default_factory=dict)
 
@@ -401,6 +402,13 @@ class Batch:
         The library has them already; the patterns are ``program.hessian_pattern`` and ``program.jacobian_pattern``.
         """
         return self.known or self.program.coefficients(self.parameters, len(self))
+
+    def take(self, samples: Any) -> Batch:
+        """Some samples, by index."""
+        rows = {name: getattr(self, name)[samples] for name in ("lower", "upper", "initial")}
+        parameters = tuple(p if p.ndim == 1 else p[samples] for p in self.parameters)
+        warm = None if self.warm_start is None else [self.warm_start[i] for i in samples]
+        return replace(self, parameters=parameters, warm_start=warm, known=None, **rows)
 
     def __getitem__(self, i: int) -> Instance:
         return Instance(

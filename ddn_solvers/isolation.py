@@ -1,6 +1,6 @@
-"""Backends in a process of their own: one that crashes or hangs fails its sample, and the program goes on.
+"""Backends in processes of their own: one that crashes or hangs fails its sample, and the program goes on.
 
-A worker process gets a problem once, as functions by value, and compiles it; then arrays go there and points come back.
+Several of them share the samples of a batch. A worker process gets a problem once, as functions by value, and compiles it; then arrays go there and points come back.
 If it dies, or is later than the time limit allows, the samples of that call are tried one by one, each in what is
 then a new process, so that only those fail that bring it down. What comes back is verified like any other point.
 """
@@ -8,16 +8,20 @@ then a new process, so that only those fail that bring it down. What comes back 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import pickle
 import re
 import threading
+import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import BrokenExecutor
 from concurrent.futures import TimeoutError as NotInTime
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
+
+import numpy as np
 
 from ddn_solvers.adapter import Adapter, Batch, Point
 from ddn_solvers.derived import FORMS
@@ -32,82 +36,104 @@ _REMEMBERED = 16  # programs that a worker keeps
 
 
 def attempt_batch(adapter: Adapter, batch: Batch) -> list[Point]:
-    """``adapter.attempt_batch`` in the worker process.
+    """``adapter.attempt_batch`` in worker processes, ``batch.options.workers`` of them.
 
     Raises:
         DDNError: As there.
         BackendNotInstalled: The package that runs worker processes is missing.
         ProblemError: The problem cannot be sent to another process.
     """
-    try:
-        return _WORKER.solve(adapter, batch)
-    except _Lost as lost:
-        if len(batch) == 1:
-            return [Point(batch.initial[0], lost.status, message=str(lost))]
-    return [attempt_batch(adapter, _one(batch, i))[0] for i in range(len(batch))]
+    shares = np.array_split(np.arange(len(batch)), min(batch.options.workers, len(batch)))
+    points: list[Point] = []
+    for share, found in zip(shares, _together(adapter, [batch.take(share) for share in shares]), strict=True):
+        if not isinstance(found, _Lost):
+            points += found
+        elif len(share) == 1:
+            points.append(Point(batch.initial[share[0]], found.status, message=found.message))
+        else:
+            points += [attempt_batch(adapter, batch.take([i]))[0] for i in share]
+    return points
 
 
-def _one(batch: Batch, i: int) -> Batch:
-    """Sample i as a batch."""
-    rows = {name: getattr(batch, name)[i : i + 1] for name in ("lower", "upper", "initial")}
-    parameters = tuple(p if p.ndim == 1 else p[i : i + 1] for p in batch.parameters)
-    warm = None if batch.warm_start is None else batch.warm_start[i : i + 1]
-    return replace(batch, parameters=parameters, warm_start=warm, known=None, **rows)
+def _together(adapter: Adapter, parts: list[Batch]) -> list[list[Point] | _Lost]:
+    """The points of each part, each part in a worker of its own, all at the same time."""
+    program, limit = parts[0].program, parts[0].options.time_limit
+    sent = program.memo("isolated", lambda: _Sent(uuid.uuid4().hex, _declaration(program)))
+    stays = ("program", "known")  # the worker has the one, and makes the other again
+    jobs = [
+        _by_value(
+            (adapter, {f.name: getattr(part, f.name) for f in fields(part) if f.name not in stays}),
+            "the backend's adapter, or an option,",
+        )
+        for part in parts
+    ]
+    seconds = {} if limit is None else {k: limit * len(part) + _LATE for k, part in enumerate(parts)}
+    solve = {k: (_solve, sent.key, job) for k, job in enumerate(jobs)}
+    with contextlib.ExitStack() as locks:
+        workers = _workers(len(parts))
+        for worker in workers:
+            locks.enter_context(worker.lock)
+        known = {k: solve[k] for k, worker in enumerate(workers) if worker.executor is not None}
+        found = _called(workers, known, seconds)
+        # Where the process or the problem is new, its start does not count.
+        new = [k for k in solve if found.get(k) is None]
+        found |= _called(workers, dict.fromkeys(new, (_prepare, sent.key, sent.declaration)), {})
+        ready = {k: solve[k] for k in new if found[k] is None}
+        found |= _called(workers, ready, seconds)
+    return [found[k] for k in solve]
 
 
-class _Lost(Exception):
-    """The worker process is gone."""
+@dataclass(frozen=True)
+class _Lost:
+    """Instead of what was asked for: the worker process is gone."""
 
-    def __init__(self, status: Status, message: str) -> None:
-        super().__init__(message)
-        self.status = status
+    status: Status
+    message: str
 
 
 class _Worker:
     """One process, started when it is needed, and again after it was lost."""
 
     def __init__(self) -> None:
-        self._executor: Any = None
-        self._lock = threading.Lock()
+        self.executor: Any = None
+        self.lock = threading.Lock()
 
-    def solve(self, adapter: Adapter, batch: Batch) -> list[Point]:
-        program, limit = batch.program, batch.options.time_limit
-        sent = program.memo("isolated", lambda: _Sent(uuid.uuid4().hex, _declaration(program)))
-        stays = ("program", "known")  # the worker has the one, and makes the other again
-        arguments = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name not in stays}
-        job = _by_value((adapter, arguments), "the backend's adapter, or an option,")
-        seconds = None if limit is None else limit * len(batch) + _LATE
-        with self._lock:
-            points = None if self._executor is None else self._call(seconds, _solve, sent.key, job)
-            if points is None:  # a new process, whose start does not count, or a new problem
-                self._call(None, _prepare, sent.key, sent.declaration)
-                points = self._call(seconds, _solve, sent.key, job)
-        found: list[Point] = points
-        return found
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        if self.executor is None:
+            self.executor = _executor()
+        return self.executor.submit(function, *arguments)
 
-    def _call(self, seconds: float | None, function: Callable[..., Any], *arguments: Any) -> Any:
-        if self._executor is None:
-            self._executor = _executor()
+    def result(self, future: Any, start: float, seconds: float | None) -> Any:
+        """What was submitted at ``start`` returns within so many seconds, or that the process was lost."""
         try:
-            return self._executor.submit(function, *arguments).result(seconds)
+            return future.result(None if seconds is None else max(start + seconds - time.monotonic(), 0.0))
         except NotInTime:
             self.end()
-            message = f"did not come back within {seconds:.3g} s; its process was ended"
-            raise _Lost(Status.TIME_LIMIT, message) from None
+            return _Lost(
+                Status.TIME_LIMIT, f"did not come back within {seconds:.3g} s; its process was ended"
+            )
         except BrokenExecutor as error:
             self.end()
             code = re.search(r"\{(.*)\}", str(error))
-            message = f"its process ended{f' with {code[1]}' if code else ''}"
-            raise _Lost(Status.BACKEND_ERROR, message) from None
-        except KeyboardInterrupt:
-            self.end()
-            raise
+            return _Lost(Status.BACKEND_ERROR, f"its process ended{f' with {code[1]}' if code else ''}")
 
     def end(self) -> None:
         """Kill the process, whatever it does."""
-        executor, self._executor = self._executor, None
+        executor, self.executor = self.executor, None
         if executor is not None:
             executor.shutdown(wait=True, kill_workers=True)
+
+
+def _called(workers: list[_Worker], calls: Mapping[int, Any], seconds: Mapping[int, float]) -> dict[int, Any]:
+    """What calls return, or ``_Lost``, by the number of their worker, all at the same time."""
+    start = time.monotonic()
+    try:
+        futures = {k: workers[k].submit(*call) for k, call in calls.items()}
+        return {k: workers[k].result(future, start, seconds.get(k)) for k, future in futures.items()}
+    except KeyboardInterrupt:
+        for worker in workers:
+            worker.end()
+        raise
 
 
 def _executor() -> Any:
@@ -120,14 +146,29 @@ def _executor() -> Any:
     return ProcessPoolExecutor(max_workers=1)
 
 
-_WORKER = _Worker()
-atexit.register(_WORKER.end)
+_WORKERS: list[_Worker] = []
+_LOCK = threading.Lock()
+
+
+def _workers(count: int) -> list[_Worker]:
+    """The first so many workers."""
+    with _LOCK:
+        _WORKERS.extend(_Worker() for _ in range(count - len(_WORKERS)))
+        return _WORKERS[:count]
+
+
+@atexit.register
+def end() -> None:
+    """End all worker processes; the next call that needs one starts it."""
+    for worker in _WORKERS:
+        worker.end()
 
 
 def _forget() -> None:
-    """A forked process has no worker: it is its parent's."""
-    global _WORKER
-    _WORKER = _Worker()
+    """A forked process has no workers: they are its parent's."""
+    global _LOCK
+    _WORKERS.clear()
+    _LOCK = threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):

@@ -125,7 +125,7 @@ class Search:
             deadline = time.monotonic() + self.options.call_time_limit
             self.options = replace(self.options, deadline=deadline)
         refusal: BackendCannotSolve | None = None
-        if self.newton_first and not self.options.native and not self.options.isolate:
+        if self.newton_first and not self.options.native and not self.options.workers:
             self._newton(given, bound, best, open_)
         attempts = self._attempts()
         for route in attempts:
@@ -223,7 +223,7 @@ class Search:
             )
         known = bound.coefficients if route.form is Form.DECLARED else None
         batch = Batch(program, parameters, lower, upper, start, route.method.name, self.options, warm, known)
-        attempt = isolation.attempt_batch if self.options.isolate else Adapter.attempt_batch
+        attempt = isolation.attempt_batch if self.options.workers else Adapter.attempt_batch
         started = time.perf_counter()
         try:
             points = attempt(route.adapter, batch)

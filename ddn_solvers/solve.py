@@ -62,9 +62,10 @@ def solve(
             no backend.
         options: ``max_iter``, ``time_limit`` (seconds a sample), ``call_time_limit`` (seconds for
             all samples and retries together), ``tolerance``, ``isolate`` (``True``: the
-            backend runs in a process of its own, which may crash or be ended), ``threads`` (how many torch may
-            use in the call and its derivatives: a number, ``"all"`` that it is set to, or ``"auto"``: one for KKT
-            matrices of up to 500 rows), and native options of the backend.
+            backend runs in a process of its own, which may crash or be ended), ``workers`` (in so many of them, each
+            with a share of the samples), ``threads`` (how many torch may use in the call and its derivatives: a
+            number, ``"all"`` that it is set to, or ``"auto"``: one for KKT matrices of up to 500 rows), and native
+            options of the backend.
         policy: What to do about failures and degenerate derivatives.
 
     Returns:
@@ -173,13 +174,21 @@ def as_options(options: Mapping[str, Any] | None) -> Options:
     isolate = native.pop("isolate", False)
     if not isinstance(isolate, bool):
         raise ProblemError("option 'isolate' is not valid", expected="True or False", got=repr(isolate))
+    workers = native.pop("workers", None)
+    if workers is None:
+        workers = int(isolate)
+    elif not _is_count(workers):
+        raise ProblemError("option 'workers' is not valid", expected="a positive int", got=repr(workers))
     threads = native.pop("threads", "auto")
-    count = isinstance(threads, int) and not isinstance(threads, bool) and threads > 0
-    if not count and threads not in ("auto", "all"):
+    if not _is_count(threads) and threads not in ("auto", "all"):
         raise ProblemError(
             "option 'threads' is not valid", expected="'auto', 'all' or a positive int", got=repr(threads)
         )
-    return Options(**limits, isolate=isolate, threads=threads, native=native)
+    return Options(**limits, workers=workers, threads=threads, native=native)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _warm_points(program: Program, warm_start: Solution | None, binding: Binding) -> list[Point] | None:

@@ -19,7 +19,7 @@ D = torch.float64
 @pytest.fixture(autouse=True, scope="module")
 def _end():
     yield
-    isolation._WORKER.end()
+    isolation.end()
 
 
 def dangerous_adapter():
@@ -46,7 +46,7 @@ def dangerous_adapter():
                 time.sleep(1000)
             if order == 300:
                 raise RuntimeError("on purpose")
-            return a.Point(np.array(instance.parameters[0]), a.Status.OPTIMAL, message=str(os.getpid()))
+            return a.Point(np.array(instance.parameters[0]), a.Status.OPTIMAL, iterations=os.getpid())
 
     return Dangerous
 
@@ -131,8 +131,29 @@ def test_threads_share_the_worker(dangerous):
     for thread in threads:
         thread.join()
     assert [found[k]["u"][0].item() for k in range(6)] == [10.0 + k for k in range(6)]
-    pids = {solution.stats.message for solution in found.values()}
-    assert str(os.getpid()) not in pids
+    pids = {solution.stats.iterations[0] for solution in found.values()}
+    assert len(pids) == 1
+    assert os.getpid() not in pids
+
+
+def test_workers_share_the_samples(dangerous):
+    x = torch.arange(15.0, dtype=D).reshape(5, 3)
+    solution = ddn.solve(dangerous, {"x": x}, solver="dangerous", options={"workers": 2})
+    torch.testing.assert_close(solution["u"], x)
+    first, second = {*solution.stats.iterations[:3]}, {*solution.stats.iterations[3:]}
+    assert len(first) == len(second) == len(first ^ second) / 2 == 1
+    assert os.getpid() not in first | second
+    alone = ddn.solve(dangerous, {"x": x[:1]}, solver="dangerous", options={"workers": 2})
+    torch.testing.assert_close(alone["u"], x[:1])
+
+
+def test_a_worker_that_is_lost_takes_its_own_samples_along_and_those_are_tried_again(dangerous):
+    x = torch.tensor([[1.0, 2.0, 3.0], [100.0, 0, 0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]], dtype=D)
+    solution = ddn.solve(
+        dangerous, {"x": x}, solver="dangerous", options={"workers": 2}, policy=ddn.Policy("mask")
+    )
+    assert solution.converged.tolist() == [True, False, True, True]
+    assert "its process ended with SIGSEGV" in solution.stats.message[1]
 
 
 def test_errors_of_the_caller_come_back_by_name(dangerous):
@@ -141,6 +162,9 @@ def test_errors_of_the_caller_come_back_by_name(dangerous):
         ddn.solve(dangerous, {"x": x}, solver="casadi:ipopt", options={"isolate": True, "nonsense": 1})
     with pytest.raises(ddn.ProblemError, match="'isolate' is not valid; expected True or False"):
         ddn.solve(dangerous, {"x": x}, options={"isolate": "yes"})
+    for wrong in (0, True, "two"):
+        with pytest.raises(ddn.ProblemError, match="'workers' is not valid; expected a positive int"):
+            ddn.solve(dangerous, {"x": x}, options={"workers": wrong})
     lock = threading.Lock()
 
     def objective(u, x):
