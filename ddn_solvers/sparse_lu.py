@@ -21,7 +21,7 @@ def sparse_lu(matrix: sp.csc_array, **options: Any) -> SuperLU | None:
     from scipy.sparse.csgraph import structural_rank
     from scipy.sparse.linalg import splu
 
-    if structural_rank(matrix) < matrix.shape[0]:
+    if not matrix.diagonal().all() and structural_rank(matrix) < matrix.shape[0]:
         return None
     try:
         return splu(matrix, **options)

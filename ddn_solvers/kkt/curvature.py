@@ -127,7 +127,8 @@ def surely_minimal(evaluation: Evaluation, active: ActiveSet) -> bool:
     if not np.isfinite(evaluation.H.nonzeros).all() or not np.isfinite(evaluation.J.nonzeros).all():
         return False
     if large_and_sparse(evaluation.H.pattern, evaluation.J.pattern):
-        return all(_above(_unit(evaluation, active), i, 0.0, _RHO) for i in range(len(active.sides)))
+        K = _unit(evaluation, active)
+        return all(_above(K, i, 0.0, _RHO) for i in range(len(active.sides)))
     size = _size(evaluation)
     hessian = evaluation.hessian * size[:, :, None] * size[:, None, :]
     rows = np.where(active.constraints[:, :, None], _normalised(evaluation, size), 0.0)
@@ -176,12 +177,9 @@ def _unit(evaluation: Evaluation, active: ActiveSet) -> Bordered:
 
 def _above(K: Bordered, sample: int, shift: float, rho: float) -> bool:
     """Whether H - shift I + rho A^T A surely is positive definite on the free variables."""
-    import scipy.sparse as sp
-
-    matrix, where = K.kept_part(sample)
-    variables = where < K.n
-    diagonal = sp.diags_array(np.where(variables, -shift, -1.0 / rho))
-    return negative_eigenvalues((matrix + diagonal).tocsc()) == int((~variables).sum())
+    variables = torch.arange(K.kept.shape[1]) < K.n
+    matrix, where = K.take([sample]).with_diagonal(torch.where(variables, -shift, -1.0 / rho)).kept_part(0)
+    return negative_eigenvalues(matrix) == int((where >= K.n).sum())
 
 
 def _sparse_curvature(evaluation: Evaluation, active: ActiveSet) -> Curvature | None:

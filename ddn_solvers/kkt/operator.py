@@ -11,7 +11,7 @@ or one sparse matrix a sample that holds the kept rows and columns alone.
 from __future__ import annotations
 
 import abc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
@@ -219,10 +219,12 @@ class Bordered:
         if not isinstance(self.hessian, Sparse) or not isinstance(self.border, Sparse):
             return sp.csc_array(self.take([sample]).dense()[0].numpy()[np.ix_(where, where)]), where
         hessian, border = self.hessian.matrices, self.border.matrices
-        frame = _frame(hessian.pattern, border.pattern)
-        matrix = frame.matrix(hessian.nonzeros[sample], border.nonzeros[sample], kept)
-        diagonal = self.diagonal[sample].numpy()[where]
-        return (matrix + sp.diags_array(diagonal)).tocsc() if diagonal.any() else matrix, where
+        frame, diagonal = _frame(hessian.pattern, border.pattern), self.diagonal[sample].numpy()
+        return frame.matrix(hessian.nonzeros[sample], border.nonzeros[sample], diagonal, kept), where
+
+    def with_diagonal(self, diagonal: torch.Tensor) -> Bordered:
+        """With another diagonal on the rows that are kept, (n + m,)."""
+        return replace(self, diagonal=torch.where(self.kept, diagonal, 1.0))
 
 
 @dataclass(frozen=True)
@@ -255,24 +257,30 @@ class Formed:
 
 @dataclass(frozen=True)
 class _Frame:
-    """Where the nonzeros of H, A^T and A lie in K; the same for all points and samples."""
+    """Where the nonzeros of H, A^T, A and the diagonal lie in K; the same for all points and samples."""
 
-    order: Index  # of [H, A, A] by column of K
+    order: Index  # of [H, A, A, diagonal] by column of K
     rows: Index
     columns: Index
     indptr: Index
     size: int
 
-    def matrix(self, hessian: Any, border: Any, kept: Any) -> sp.csc_array:
+    def matrix(self, hessian: Any, border: Any, diagonal: Any, kept: Any) -> sp.csc_array:
         import scipy.sparse as sp
 
-        inside = kept[self.rows] & kept[self.columns]
-        values = np.concatenate([hessian, border, border])[self.order][inside]
+        # The diagonal's zeros are no entries: whether the matrix can be regular is read from its pattern.
+        added = np.concatenate([np.ones(len(hessian) + 2 * len(border), dtype=bool), diagonal != 0])[
+            self.order
+        ]
+        inside = kept[self.rows] & kept[self.columns] & added
+        values = np.concatenate([hessian, border, border, diagonal])[self.order][inside]
         number = np.cumsum(kept) - 1
         before = np.concatenate([[0], np.cumsum(inside)])[self.indptr]
         indptr = np.concatenate([before[:-1][kept], before[-1:]])
         count = len(indptr) - 1
-        return sp.csc_array((values, number[self.rows[inside]], indptr), shape=(count, count))
+        matrix = sp.csc_array((values, number[self.rows[inside]], indptr), shape=(count, count))
+        matrix.sum_duplicates()
+        return matrix
 
 
 # Measured on one core: SuperLU beats dense LU from here on, on random patterns as on banded ones,
@@ -318,8 +326,8 @@ def _envelope(hessian: Pattern, border: Pattern) -> float:
 @lru_cache(maxsize=32)
 def _frame(hessian: Pattern, border: Pattern) -> _Frame:
     n, size = hessian.shape[0], hessian.shape[0] + border.shape[0]
-    rows = np.concatenate([hessian.indices, border.columns, border.indices + n])
-    columns = np.concatenate([hessian.columns, border.indices + n, border.columns])
+    rows = np.concatenate([hessian.indices, border.columns, border.indices + n, np.arange(size)])
+    columns = np.concatenate([hessian.columns, border.indices + n, border.columns, np.arange(size)])
     order = np.lexsort((rows, columns))
     indptr = np.searchsorted(columns[order], np.arange(size + 1))
     return _Frame(order, rows[order], columns[order], indptr, size)
