@@ -235,10 +235,13 @@ class _ActiveRows:
         weights[np.arange(len(rows)), rows] = 1.0
         z = np.repeat(one.point.z, len(rows), axis=0)
         inputs = [p if p.ndim == 1 else np.repeat(p, len(rows), axis=0) for p in one.inputs]
-        nonzeros = evaluation.functions.hessian(z, inputs, weights, 0.0)
-        hessians = evaluation.functions.hessian_pattern.dense(nonzeros)
+        nonzeros, pattern = (
+            evaluation.functions.hessian(z, inputs, weights, 0.0),
+            evaluation.functions.hessian_pattern,
+        )
+        projection = null.T @ null  # tr(Z^T H_j Z) = sum of H_j * Z Z^T
         straight = np.zeros(len(self.known) - len(rows))
-        return np.concatenate([np.einsum("ka,jab,kb->j", null, hessians, null), straight])
+        return np.concatenate([nonzeros @ projection[pattern.indices, pattern.columns], straight])
 
     def _room(self) -> tuple[Array, Array, Array]:
         """Rows, right-hand side and unit of every limit, as rows t <= room for multipliers known + free t."""
