@@ -23,7 +23,7 @@ AUTO: Mapping[ProblemClass, tuple[str, ...]] = {
     ProblemClass.LEAST_SQUARES: ("casadi:ipopt", "scipy:SLSQP"),
     ProblemClass.NLP: ("casadi:ipopt", "scipy:SLSQP"),
 }
-AUTO_SPARSE_QP = ("casadi:ipopt", "cvxpy:CLARABEL")  # DAQP's algebra is dense
+AUTO_SPARSE_QP = ("clarabel", "casadi:ipopt")  # DAQP's algebra is dense
 # Before those, on small smooth problems: whole batches at a time, dense.
 AUTO_SMALL = "newton"
 # Variables and rows up to which it is the faster one, from a few samples on; with inequalities or bounds.

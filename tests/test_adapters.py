@@ -28,6 +28,7 @@ CLASSES = {
     "scipy": ("ddn_adapters.scipy_", "SciPyAdapter"),
     "casadi": ("ddn_adapters.casadi_", "CasADiAdapter"),
     "cvxpy": ("ddn_adapters.cvxpy_", "CVXPYAdapter"),
+    "clarabel": ("ddn_adapters.clarabel_", "ClarabelAdapter"),
     "daqp": ("ddn_adapters.daqp_", "DAQPAdapter"),
     "newton": ("ddn_adapters.newton_", "NewtonAdapter"),
 }
@@ -41,7 +42,13 @@ ITERATIVE = [
     ("casadi", "ipopt"),
     ("casadi", "sqpmethod"),
 ]
-CONIC = [("casadi", "daqp"), ("casadi", "qpoases"), ("casadi", "osqp"), ("daqp", "active-set")]
+CONIC = [
+    ("casadi", "daqp"),
+    ("casadi", "qpoases"),
+    ("casadi", "osqp"),
+    ("daqp", "active-set"),
+    ("clarabel", "interior-point"),
+]
 
 
 def pairs(methods: list[tuple[str, str]]) -> pytest.MarkDecorator:
@@ -58,6 +65,10 @@ class TestCasADi(AdapterConformance):
 
 class TestCVXPY(AdapterConformance):
     adapter = ADAPTERS["cvxpy"]
+
+
+class TestClarabel(AdapterConformance):
+    adapter = ADAPTERS["clarabel"]
 
 
 class TestDAQP(AdapterConformance):
