@@ -8,7 +8,7 @@ import torch
 
 import ddn_solvers as ddn
 
-BUILT_IN = {"casadi", "cvxpy", "scipy", "clarabel", "daqp", "newton"}
+BUILT_IN = {"casadi", "cvxpy", "scipy", "clarabel", "daqp", "highs", "newton"}
 EXTRA = {"daqp"}  # whose packages the wheel does not ask for
 
 

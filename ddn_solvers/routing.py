@@ -18,7 +18,7 @@ Solver = str | Sequence[str]
 
 # What "auto" tries, in order, by problem class; entries that cannot take the problem are passed over.
 AUTO: Mapping[ProblemClass, tuple[str, ...]] = {
-    ProblemClass.LP: ("scipy:highs", "casadi:ipopt"),
+    ProblemClass.LP: ("highs", "scipy:highs", "casadi:ipopt"),
     ProblemClass.QP: ("daqp", "casadi:daqp", "casadi:ipopt"),
     ProblemClass.LEAST_SQUARES: ("casadi:ipopt", "scipy:SLSQP"),
     ProblemClass.NLP: ("casadi:ipopt", "scipy:SLSQP"),

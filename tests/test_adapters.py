@@ -30,6 +30,7 @@ CLASSES = {
     "cvxpy": ("ddn_adapters.cvxpy_", "CVXPYAdapter"),
     "clarabel": ("ddn_adapters.clarabel_", "ClarabelAdapter"),
     "daqp": ("ddn_adapters.daqp_", "DAQPAdapter"),
+    "highs": ("ddn_adapters.highs_", "HiGHSAdapter"),
     "newton": ("ddn_adapters.newton_", "NewtonAdapter"),
 }
 ADAPTERS: dict[str, Adapter] = {
@@ -73,6 +74,10 @@ class TestClarabel(AdapterConformance):
 
 class TestDAQP(AdapterConformance):
     adapter = ADAPTERS["daqp"]
+
+
+class TestHiGHS(AdapterConformance):
+    adapter = ADAPTERS["highs"]
 
 
 class TestNewton(AdapterConformance):

@@ -13,7 +13,7 @@ from ddn_solvers.adapter import Feature, ProblemClass
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-BUILT_IN = ("casadi", "cvxpy", "scipy", "clarabel", "daqp", "newton")
+BUILT_IN = ("casadi", "cvxpy", "scipy", "clarabel", "daqp", "highs", "newton")
 TABLE = re.compile(r"(<!-- backends: .*? -->\n)(.*?)(<!-- end of backends -->)", re.DOTALL)
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)#]+)\)")

@@ -1,0 +1,124 @@
+"""HiGHS itself: linear programs by the simplex method and an interior point method (Huangfu and Hall 2018).
+
+    minimise  q^T z + constant   subject to   row_lower <= J z <= row_upper,   lower <= z <= upper
+
+HiGHS's duals are d f* / d (side of a row or variable): nu, lambda and r are minus them, l is the same. SciPy has the same
+solver; called directly it takes a quarter of the time on small problems.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+from ddn_solvers.adapter import (
+    Adapter,
+    Batch,
+    Capabilities,
+    Dialect,
+    Feature,
+    Instance,
+    Method,
+    Point,
+    ProblemClass,
+    ProblemError,
+    Status,
+    bound_multipliers,
+    interruptible,
+)
+
+_STATUS = {
+    "kOptimal": Status.OPTIMAL,
+    "kInfeasible": Status.INFEASIBLE,
+    "kUnbounded": Status.UNBOUNDED,
+    "kIterationLimit": Status.ITERATION_LIMIT,
+    "kTimeLimit": Status.TIME_LIMIT,
+    "kModelEmpty": Status.OPTIMAL,
+}
+_DIALECT = Dialect(
+    max_iter="simplex_iteration_limit ipm_iteration_limit",
+    tolerance="primal_feasibility_tolerance dual_feasibility_tolerance",
+    time_limit="time_limit",
+    tight=1e-9,
+    status=_STATUS,
+)
+_METHODS = {"highs": "choose", "highs-ds": "simplex", "highs-ipm": "ipm"}
+_FEATURES = frozenset({Feature.BOUNDS, Feature.EQUALITY, Feature.INEQUALITY})
+
+
+class HiGHSAdapter(Adapter):
+    """The methods are called as in SciPy; each gives a vertex."""
+
+    capabilities = Capabilities(
+        summary="linear programs, without SciPy between",
+        package="highspy",
+        pip="highspy",
+        methods=tuple(
+            Method(name, frozenset({ProblemClass.LP}), _FEATURES, dialect=_DIALECT) for name in _METHODS
+        ),
+    )
+
+    def where(self, name: str) -> str:
+        return f"highs:{name}"
+
+    def solve(self, instance: Instance) -> Point:
+        """One sample, as a batch of one."""
+        return self._solve_all(Batch.of(instance))[0]
+
+    def solve_batch(self, batch: Batch) -> list[Point]:
+        """The coefficients of all samples at once, then one after the other."""
+        with interruptible():
+            return self._solve_all(batch)
+
+    def _solve_all(self, batch: Batch) -> list[Point]:
+        import highspy
+
+        options = {"solver": _METHODS[batch.method], **self.native(batch)}
+        pattern, m, given = batch.program.jacobian_pattern, batch.program.equality.size, batch.coefficients
+        model = highspy.HighsLp()
+        model.num_row_, model.num_col_ = pattern.shape
+        model.a_matrix_.format_ = highspy.MatrixFormat.kColwise
+        model.a_matrix_.start_, model.a_matrix_.index_ = pattern.indptr, pattern.indices
+        points = []
+        for i in range(len(batch)):
+            if time.monotonic() > batch.options.deadline:
+                late = "the time limit of the call was reached before this sample"
+                points.append(Point(batch.initial[i], Status.TIME_LIMIT, message=late))
+                continue
+            c = given.constraints[i]
+            model.col_cost_, model.a_matrix_.value_ = given.gradient[i], given.jacobian[i]
+            model.col_lower_, model.col_upper_ = batch.lower[i], batch.upper[i]
+            model.row_upper_ = -c
+            model.row_lower_ = np.where(np.arange(len(c)) < m, -c, -np.inf)
+            points.append(_solved(model, options, m, batch.initial[i]))
+        return points
+
+
+def _solved(model: Any, options: dict[str, Any], m: int, initial: Any) -> Point:
+    import highspy
+
+    solver = highspy.Highs()  # type: ignore[no-untyped-call]  # it is not typed
+    solver.silent()
+    for name, value in options.items():
+        if solver.setOptionValue(name, value) != highspy.HighsStatus.kOk:
+            raise ProblemError(
+                f"option {name!r} is not one that highs accepts with this value", got=repr(value)
+            )
+    solver.passModel(model)
+    solver.run()
+    if (
+        solver.getModelStatus() == highspy.HighsModelStatus.kUnboundedOrInfeasible
+    ):  # without presolve it knows
+        solver.setOptionValue("presolve", "off")
+        solver.run()
+    said, info, found = solver.getModelStatus().name, solver.getInfo(), solver.getSolution()
+    steps = max(info.simplex_iteration_count, info.ipm_iteration_count, 0)
+    status, z = _STATUS.get(said, Status.NUMERICAL_ERROR), np.array(found.col_value, dtype=float)
+    if len(z) != len(initial) or not np.isfinite(z).all():
+        return Point(initial, status, iterations=steps, message=said)
+    rows, sides = (np.array(duals, dtype=float) for duals in (found.row_dual, found.col_dual))
+    if not found.dual_valid:
+        return Point(z, status, iterations=steps, message=said)
+    return Point(z, status, -rows[:m], -rows[m:], iterations=steps, message=said, **bound_multipliers(-sides))
