@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -126,15 +127,16 @@ def newton_first(solver: Solver, program: Program, warm_start: bool) -> bool:
 
 
 def _quick(program: Program) -> list[Route]:
-    kinks = program.numbers.any()  # |u| most often ends on its kink
-    form = program.lifted if kinks else program
-    if form is None or form.quadratic or not form.compiled:
-        return []
-    size = form.variables.size + form.constraints
-    if size > (_SMALL_WITH_SIDES if form.features & _SIDES else _SMALL):
-        return []
-    try:
-        route = _route(AUTO_SMALL, form)
-    except (BackendCannotSolve, BackendNotFound, BackendNotInstalled):
-        return []
-    return [replace(route, tentative=True, form=Form.LIFTED if kinks else Form.DECLARED)]
+    """Of kinks the lifted form; where norms of vectors are the only ones, which need not end there, both."""
+    forms = [] if program.lifted is None else [(Form.LIFTED, program.lifted)]
+    if not program.numbers.any():
+        forms.append((Form.DECLARED, program))
+    found = []
+    for form, smooth in forms:
+        size = smooth.variables.size + smooth.constraints
+        large = size > (_SMALL_WITH_SIDES if smooth.features & _SIDES else _SMALL)
+        if large or smooth.quadratic or not smooth.compiled:
+            continue
+        with contextlib.suppress(BackendCannotSolve, BackendNotFound, BackendNotInstalled):
+            found.append(replace(_route(AUTO_SMALL, smooth), tentative=True, form=form))
+    return found
