@@ -127,10 +127,10 @@ def newton_first(solver: Solver, program: Program, warm_start: bool) -> bool:
 
 
 def _quick(program: Program) -> list[Route]:
-    """Of kinks the lifted form; where norms of vectors are the only ones, which need not end there, both."""
-    forms = [] if program.lifted is None else [(Form.LIFTED, program.lifted)]
-    if not program.numbers.any():
-        forms.append((Form.DECLARED, program))
+    """In the lifted form what has kinks; before that as declared, if they are norms of vectors: |u| mostly ends there."""
+    forms = [] if program.numbers.any() else [(Form.DECLARED, program)]
+    if program.lifted is not None:
+        forms.append((Form.LIFTED, program.lifted))
     found = []
     for form, smooth in forms:
         size = smooth.variables.size + smooth.constraints

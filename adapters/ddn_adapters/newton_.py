@@ -270,7 +270,7 @@ class _Iterates:
         if sides.present.shape[1]:
             self._lower_barrier(here, energy, last)
         stiffness, pull = self.k / self.s, np.where(sides.present, self.mu[:, None] / self.s, 0.0)
-        K = self._matrix(here, sides.squared(here.G, stiffness), searching)
+        K = self._matrix(here, stiffness, searching)
         pushed = here.gradient - sides.back(here.G, pull - stiffness * here.apart)
         right = -np.concatenate([pushed * sides.free, here.h], axis=1)
         dz, y = np.split(_solution(K, right), [n], axis=1)
@@ -306,32 +306,32 @@ class _Iterates:
             lower = np.minimum(_LINEAR * self.mu, energy * (self.mu / energy) ** _SUPERLINEAR)
             self.mu = np.where(solved, np.maximum(lower, np.minimum(last, self.mu)), self.mu)
 
-    def _matrix(self, here: _Local, barrier: Array, open_: Any) -> Array:
+    def _matrix(self, here: _Local, stiffness: Array, open_: Any) -> Array:
         """K, with curvature positive along the constraints in the samples that are ``open_``."""
         A, free = here.A, self.sides.free
         (batch, m, n), largest = A.shape, np.abs(here.hessian).max(axis=1, initial=0.0)
         unit = np.where((largest > 0) & np.isfinite(largest), largest, 1.0)
-        K = np.zeros((batch, n + m, n + m))
-        H = K[:, :n, :n]
-        H[:] = self.program.hessian_pattern.dense(here.hessian) + barrier
+        H = self.program.hessian_pattern.dense(here.hessian)
+        if stiffness.shape[1]:
+            H = H + self.sides.squared(here.G, stiffness)
         if not free.all():
             A = A * free[:, None, :]
-            H *= free[:, None, :] * free[:, :, None]
-            np.einsum("bii->bi", H)[:] += unit[:, None] * ~free
+            H = np.where(free[:, None, :] & free[:, :, None], H, unit[:, None, None] * np.eye(n))
         norms = np.sqrt((A**2).sum(axis=2))
-        K[:, n:, :n], K[:, :n, n:] = A, A.transpose(0, 2, 1)
-        np.einsum("bii->bi", K)[:, n:] = -_CORNER * norms**2 / unit[:, None]
         rows = A / np.where(norms > 0, norms, 1.0)[:, :, None]
-        good = np.isfinite(H).all(axis=(1, 2)) & np.isfinite(rows).all(axis=(1, 2))
-        lifted = H + (_RHO * unit)[:, None, None] * (rows.transpose(0, 2, 1) @ rows)
-        bent = _not_positive(lifted, np.flatnonzero(open_ & good))
+        lifted = (rows.transpose(0, 2, 1) * (_RHO * unit)[:, None, None]) @ rows
+        lifted += H
+        good = open_ & np.isfinite(lifted.sum(axis=(1, 2)))
+        bent = _not_positive(lifted, np.flatnonzero(good))
+        K = np.zeros((batch, n + m, n + m))
+        K[:, :n, :n], K[:, n:, :n], K[:, :n, n:] = H, A, A.transpose(0, 2, 1)
+        diagonal = np.einsum("bii->bi", K)
+        diagonal[:, n:] = -_CORNER * norms**2 / unit[:, None]
         if bent.size:  # or nearly so: their eigenvalues decide
             along, big = np.eye(n) - np.linalg.pinv(rows[bent]) @ rows[bent], unit[bent, None, None]
             least = np.linalg.eigvalsh(along @ H[bent] @ along + big * (np.eye(n) - along))[:, 0]
-            delta = np.where(
-                least <= _FLAT * unit[bent], np.maximum(_MARGIN * -least, _SMALLEST * unit[bent]), 0.0
-            )
-            H[bent] += delta[:, None, None] * np.eye(n)
+            delta = np.maximum(_MARGIN * -least, _SMALLEST * unit[bent])
+            diagonal[bent, :n] += np.where(least <= _FLAT * unit[bent], delta, 0.0)[:, None]
         return K
 
 
@@ -497,7 +497,7 @@ def _not_positive(matrices: Array, samples: Any) -> Any:
     from scipy.linalg.lapack import dpotrf  # a tenth of a second to import
 
     try:
-        np.linalg.cholesky(matrices[samples])
+        np.linalg.cholesky(matrices if len(samples) == len(matrices) else matrices[samples])
     except np.linalg.LinAlgError:  # of some: which?
         found = [i for i in samples if dpotrf(matrices[i], lower=True)[1] != 0]
         return np.array(found, dtype=np.intp)
