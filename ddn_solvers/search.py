@@ -26,6 +26,7 @@ from ddn_solvers.residuals import Bound, Evaluation, PrimalDual
 from ddn_solvers.solution import Status
 
 _FAR = 1.0  # powers of ten from one beyond which the numbers of an LP or QP are scaled, if it fails otherwise
+_TENTATIVE = 30  # iterations after which what is worth a try because it is quick is so no longer
 # Statuses about which a look at the constraints says more, or says that a backend was wrong.
 _UNEXPLAINED = (Status.NUMERICAL_ERROR, Status.NOT_A_KKT_POINT, Status.BACKEND_ERROR, Status.INFEASIBLE)
 
@@ -222,7 +223,10 @@ class Search:
                 for side, value in ((initial, 1.0), (lower, -np.inf), (upper, np.inf))
             )
         known = bound.coefficients if route.form is Form.DECLARED else None
-        batch = Batch(program, parameters, lower, upper, start, route.method.name, self.options, warm, known)
+        options = self.options
+        if route.tentative and options.max_iter is None:
+            options = replace(options, max_iter=_TENTATIVE)
+        batch = Batch(program, parameters, lower, upper, start, route.method.name, options, warm, known)
         attempt = isolation.attempt_batch if self.options.workers else Adapter.attempt_batch
         started = time.perf_counter()
         try:

@@ -124,6 +124,12 @@ def polish(
         if len(samples) == batch:
             whole, of_whole = system, active
         last = replace(last, sides=_put(last.sides, samples, active.sides, np.ones(len(samples), dtype=bool)))
+        there = program.quadratic & (before.scaled <= _EXACT) & system.singular.numpy()
+        if there.any():  # no step of a singular system brings such a point on, and each costs singular values
+            at = samples[there]
+            predicted[at], singular[at], open_[at] = 0.0, True, False
+            condition[at] = system.condition.numpy()[there]
+            continue
         step = _newton_step(here, active, system)
         predicted[samples] = step.size
         singular[samples], condition[samples] = system.singular.numpy(), system.condition.numpy()
