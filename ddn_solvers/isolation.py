@@ -99,8 +99,12 @@ class _Worker:
         self.lock = threading.Lock()
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        if self.executor is None:
-            self.executor = _executor()
+        if self.executor is not None:
+            try:
+                return self.executor.submit(function, *arguments)
+            except BrokenExecutor:  # it was lost while it had nothing to do
+                self.end()
+        self.executor = _executor()
         return self.executor.submit(function, *arguments)
 
     def result(self, future: Any, start: float, seconds: float | None) -> Any:
@@ -126,13 +130,13 @@ class _Worker:
 
 def _called(workers: list[_Worker], calls: Mapping[int, Any], seconds: Mapping[int, float]) -> dict[int, Any]:
     """What calls return, or ``_Lost``, by the number of their worker, all at the same time."""
-    start = time.monotonic()
+    start, futures = time.monotonic(), {k: workers[k].submit(*call) for k, call in calls.items()}
     try:
-        futures = {k: workers[k].submit(*call) for k, call in calls.items()}
         return {k: workers[k].result(future, start, seconds.get(k)) for k, future in futures.items()}
-    except KeyboardInterrupt:
-        for worker in workers:
-            worker.end()
+    except BaseException:  # an error in one of them, or Ctrl-C: nobody waits for the others
+        for k, future in futures.items():
+            if not future.done():
+                workers[k].end()
         raise
 
 

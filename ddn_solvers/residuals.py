@@ -315,14 +315,24 @@ class Evaluation:
         A sum of squares is one where all of them vanish: it holds without saying in which direction
         (Gould et al. 2019, after observation 4.8). "Nearby" is a hundredth of the point's own size away.
         """
-        norms = self.reach
+        return self.vanishing_in(np.ones(self.point.z.shape, dtype=bool))
+
+    def vanishing_in(self, free: Mask) -> Any:
+        """The same of the gradient in some of the variables alone, (B, n) bool."""
+        size = np.where(free, self.size, 0.0)
+        if self._nearby is None:  # the gradients are the same everywhere
+            return np.zeros_like(self.reach, dtype=bool)
+        change = self.J.map(lambda here: self._nearby - here).scaled(np.ones_like(self.reach), size)
+        return self._reach(size) < _VANISHING * change.row_norms()
+
+    @cached_property
+    def _nearby(self) -> Array | None:
+        """The Jacobian's nonzeros there; ``None`` where they do not depend on the point."""
         if self.program.affine_constraints and self.program.pieces is None:
-            return norms < 0
+            return None
         z = self.point.z
         size = np.maximum(np.sqrt((z**2).sum(axis=1, keepdims=True)), 1e-2)
-        nearby = self.functions.first_order(z + 1e-2 * size * _direction(z.shape[1]), self.inputs).jacobian
-        change = self.J.map(lambda here: nearby - here).scaled(np.ones_like(norms), self.size)
-        return norms < _VANISHING * change.row_norms()
+        return self.functions.first_order(z + 1e-2 * size * _direction(z.shape[1]), self.inputs).jacobian
 
     # -- unscaled ---------------------------------------------------------------------------------
 

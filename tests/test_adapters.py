@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -231,3 +234,16 @@ def test_numbers_that_are_not_finite_are_no_point_of_casadi() -> None:
     assert point.status is Status.NUMERICAL_ERROR
     assert np.array_equal(point.primal, instance.initial)
     assert point.equality is None
+
+
+@pytest.mark.parametrize("solver", ["highs", "clarabel", "casadi:daqp", "casadi:ipopt", "cvxpy:CLARABEL"])
+def test_a_backend_prints_nothing(solver: str, tmp_path: Path) -> None:
+    """HiGHS had, when its first object was made: compiled code, to the process's own output."""
+    program = tmp_path / "solves.py"
+    program.write_text(
+        "import torch, ddn_solvers as ddn\n"
+        "problem = ddn.linear_program(2, bounds=(0, 1))\n"
+        f"ddn.solve(problem, {{'c': torch.tensor([1.0, -1.0])}}, solver={solver!r})\n"
+    )
+    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, check=True)
+    assert done.stdout == ""

@@ -579,6 +579,23 @@ def test_a_published_minimum_is_found(number: int, solver: str) -> None:
     )
 
 
+@pytest.mark.parametrize("steep", [1e3, 1e7])
+def test_a_row_that_is_steep_in_a_variable_at_its_bound_is_no_cusp(steep: float) -> None:
+    """What it holds of the free variables is little beside that, but not nothing."""
+    problem = ddn.Problem(
+        {"u": (2,)},
+        {"a": ()},
+        lambda u, a: (u[1] - a) ** 2 + 3 * u[0] + 0.1 * u[0] ** 4,
+        inequality=lambda u: steep * (u[0] - 1) + u[1] - 0.5,
+        bounds={"u": (torch.tensor([1.0, -inf], dtype=D), None)},
+    )
+    a = torch.tensor(2.0, dtype=D, requires_grad=True)
+    solution = ddn.solve(problem, {"a": a})
+    assert solution.certificate.ok
+    (gradient,) = torch.autograd.grad(solution["u"][1], a)
+    assert abs(gradient.item()) < 1e-9
+
+
 def test_at_a_cusp_there_is_no_derivative_and_the_certificate_says_so() -> None:
     """Number 13 with a parameter: at (1, 0) the gradients of constraint and bound leave no multipliers.
 

@@ -44,6 +44,8 @@ def dangerous_adapter():
                 os.kill(os.getpid(), signal.SIGSEGV)
             if order == 200:
                 time.sleep(1000)
+            if order == 400:
+                raise ddn.ProblemError("what the caller did")
             if order == 300:
                 raise RuntimeError("on purpose")
             return a.Point(np.array(instance.parameters[0]), a.Status.OPTIMAL, iterations=os.getpid())
@@ -154,6 +156,32 @@ def test_a_worker_that_is_lost_takes_its_own_samples_along_and_those_are_tried_a
     )
     assert solution.converged.tolist() == [True, False, True, True]
     assert "its process ended with SIGSEGV" in solution.stats.message[1]
+
+
+def test_a_worker_that_is_lost_while_it_has_nothing_to_do_is_replaced(dangerous):
+    """Every call after that had raised TerminatedWorkerError."""
+    x, options = torch.ones(2, 3, dtype=D), {"isolate": True}
+    first = ddn.solve(dangerous, {"x": x}, solver="dangerous", options=options)
+    (process,) = isolation._WORKERS[0].executor._processes.values()
+    process.kill()
+    process.join(10)
+    time.sleep(0.5)  # until the executor has seen it
+    second = ddn.solve(dangerous, {"x": x}, solver="dangerous", options=options)
+    assert second.converged.all()
+    assert first.stats.iterations != second.stats.iterations
+
+
+def test_an_error_in_one_share_does_not_wait_for_the_others(dangerous):
+    x = torch.tensor([[400.0, 0, 0], [200.0, 0, 0]], dtype=D)  # an error, and a long sleep
+    with pytest.raises(ddn.ProblemError, match="what the caller did"):
+        ddn.solve(dangerous, {"x": x}, solver="dangerous", options={"workers": 2})
+    after = ddn.solve(
+        dangerous,
+        {"x": x[:, 1:2].expand(2, 3)},
+        solver="dangerous",
+        options={"workers": 2, "time_limit": 1.0},
+    )
+    assert after.converged.all()
 
 
 def test_errors_of_the_caller_come_back_by_name(dangerous):

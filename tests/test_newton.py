@@ -236,6 +236,21 @@ def test_a_start_in_the_middle_of_a_sphere_is_left() -> None:
     assert solution.converged.all()
 
 
+def test_a_start_in_the_middle_of_a_sphere_is_left_for_a_point_inside_of_the_bounds() -> None:
+    """Multipliers of the bounds had become NaN on the way."""
+    problem = ddn.Problem(
+        {"u": (4,)},
+        {"x": (4,)},
+        lambda u, x: (u - x).square().sum() + 0.01 * u.pow(4).sum(),
+        {"sphere": lambda u: u.square().sum() - 1},
+        bounds={"u": (-0.9, 2.0)},
+    )
+    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=D)
+    ours, other = (ddn.solve(problem, {"x": x}, solver=solver) for solver in ("newton", "casadi:ipopt"))
+    assert ours.converged.all()
+    torch.testing.assert_close(ours.objective, other.objective)
+
+
 def test_native_options_are_for_the_others() -> None:
     problem = ddn.Problem({"u": (2,)}, {"x": (2,)}, lambda u, x: (u - x).exp().sum() - u.sum())
     x = {"x": torch.ones(2, dtype=D)}

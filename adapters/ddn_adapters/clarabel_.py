@@ -114,8 +114,8 @@ class ClarabelAdapter(Adapter):
         for name, value in self.native(batch).items():
             try:
                 setattr(settings, name, value)
-            except TypeError as error:
-                raise ProblemError(f"option {name!r} has another type: {error}", got=repr(value)) from error
+            except (TypeError, ValueError, OverflowError) as error:
+                raise ProblemError(f"option {name!r} cannot be set: {error}", got=repr(value)) from error
         return settings
 
 

@@ -99,8 +99,9 @@ class HiGHSAdapter(Adapter):
 def _solved(model: Any, options: dict[str, Any], m: int, initial: Any) -> Point:
     import highspy
 
-    solver = highspy.Highs()  # type: ignore[no-untyped-call]  # it is not typed
-    solver.silent()
+    solver = highspy.Highs.__new__(highspy.Highs)
+    super(highspy.Highs, solver).__init__()  # without the callbacks of its own, whose set-up prints a banner
+    solver.setOptionValue("output_flag", False)
     for name, value in options.items():
         if solver.setOptionValue(name, value) != highspy.HighsStatus.kOk:
             raise ProblemError(

@@ -99,9 +99,9 @@ class NewtonAdapter(Adapter):
         return self.solve_batch(Batch.of(instance))[0]
 
     def solve_batch(self, batch: Batch) -> list[Point]:
-        """All samples together. The time limit is that of each one, since each takes as long as all."""
+        """All samples together, and so their time."""
         settings = self.native(batch)
-        deadline = min(batch.options.deadline, time.monotonic() + settings["time_limit"])
+        deadline = min(batch.options.deadline, time.monotonic() + settings["time_limit"] * len(batch))
         with np.errstate(all="ignore"):  # a sample that runs off is judged, not computed with
             return _solve_all(batch, int(settings["max_iter"]), settings["tolerance"], deadline)
 
@@ -238,7 +238,7 @@ class _Iterates:
             )
             at.s = np.maximum(w, _INSIDE * (reach + np.abs(w)))
             hessian = program.hessian(z, batch.parameters, np.zeros(first.constraints.shape[1]))
-            at.mu = _BARRIER * _energy(first.gradient, hessian, z)
+            at.mu = np.where(sides.present.any(axis=1), _BARRIER * _energy(first.gradient, hessian, z), 0.0)
             at.k = np.where(sides.present, at.mu[:, None] / at.s, 0.0)
         return at
 
@@ -289,9 +289,10 @@ class _Iterates:
         z = np.where(arrived[:, None], self.z + room[:, None] * dz, z)
         self.forces = np.where(sides.free, 0.0, here.unbalanced(sides, y, k))
         lost = here.lost[:, None]
-        self.z = np.where(lost, self.z + _size(z)[:, None] * _direction(n) * sides.free, z)
+        away = sides.inside(self.z + _size(self.z)[:, None] * _direction(n)) if lost.any() else z
+        self.z = np.where(lost, away, z)
         self.y, self.penalty = np.where(lost, 0.0, y), np.where(here.lost, 0.0, self.penalty)
-        k = self.k + _room(self.k, k - self.k)[:, None] * (k - self.k)
+        k = np.where(lost, self.k, self.k + _room(self.k, k - self.k)[:, None] * (k - self.k))
         center = self.mu[:, None] / s
         self.s, self.k = s, np.where(sides.present, np.clip(k, center / _CENTRAL, center * _CENTRAL), 0.0)
         return arrived, ~arrived & ~moved & ~here.lost

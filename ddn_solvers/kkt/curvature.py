@@ -78,8 +78,7 @@ def vanishing(evaluation: Evaluation, active: ActiveSet) -> Mask:
     """
     gone: Mask = evaluation.vanishing
     if active.fixed.any():
-        free = np.sqrt(evaluation.J.squared.times(np.where(active.fixed, 0.0, evaluation.size) ** 2))
-        gone = gone | (free <= DEPENDENT * evaluation.reach)
+        gone = gone | evaluation.vanishing_in(~active.fixed)
     return gone & active.constraints
 
 
@@ -177,8 +176,9 @@ def _unit(evaluation: Evaluation, active: ActiveSet) -> Bordered:
 
 def _above(K: Bordered, sample: int, shift: float, rho: float) -> bool:
     """Whether H - shift I + rho A^T A surely is positive definite on the free variables."""
-    variables = torch.arange(K.kept.shape[1]) < K.n
-    matrix, where = K.take([sample]).with_diagonal(torch.where(variables, -shift, -1.0 / rho)).kept_part(0)
+    diagonal = torch.full((K.kept.shape[1],), -1.0 / rho, dtype=torch.float64)
+    diagonal[: K.n] = -shift
+    matrix, where = K.take([sample]).with_diagonal(diagonal).kept_part(0)
     return negative_eigenvalues(matrix) == int((where >= K.n).sum())
 
 
