@@ -162,10 +162,10 @@ def test_a_worker_that_is_lost_while_it_has_nothing_to_do_is_replaced(dangerous)
     """Every call after that had raised TerminatedWorkerError."""
     x, options = torch.ones(2, 3, dtype=D), {"isolate": True}
     first = ddn.solve(dangerous, {"x": x}, solver="dangerous", options=options)
-    (process,) = isolation._WORKERS[0].executor._processes.values()
-    process.kill()
-    process.join(10)
-    time.sleep(0.5)  # until the executor has seen it
+    executor = isolation._WORKERS[0].executor
+    os.kill(*executor._processes, signal.SIGKILL)
+    while not executor._flags.broken:  # it has seen that
+        time.sleep(0.01)
     second = ddn.solve(dangerous, {"x": x}, solver="dangerous", options=options)
     assert second.converged.all()
     assert first.stats.iterations != second.stats.iterations
