@@ -56,6 +56,7 @@ __all__ = [
     "BackendCannotSolve",
     "BackendNotInstalled",
     "Batch",
+    "BatchAdapter",
     "Capabilities",
     "Dialect",
     "Feature",
@@ -93,6 +94,7 @@ class Feature(enum.Enum):
     NONSMOOTH = "non-smooth terms"
 
 
+_LATE = "the time limit of the call was reached before this sample"
 _RAY = 1e10  # an entry beyond this is a ray that was followed, whatever a backend says
 
 
@@ -403,6 +405,12 @@ class Batch:
         """
         return self.known or self.program.coefficients(self.parameters, len(self))
 
+    def given_up(self, i: int) -> Point | None:
+        """What sample i is if the time of the whole call is over, else ``None``."""
+        if time.monotonic() <= self.options.deadline:
+            return None
+        return Point(self.initial[i], Status.TIME_LIMIT, message=_LATE)
+
     def take(self, samples: Any) -> Batch:
         """Some samples, by index."""
         rows = {name: getattr(self, name)[samples] for name in ("lower", "upper", "initial")}
@@ -469,7 +477,7 @@ class Adapter(abc.ABC):
         """
         try:
             if time.monotonic() > instance.options.deadline:
-                raise OutOfTime("the time limit of the call was reached before this sample")
+                raise OutOfTime(_LATE)
             with interruptible():
                 point = self.solve(instance)
         except DDNError:
@@ -502,6 +510,25 @@ class Adapter(abc.ABC):
     def native(self, instance: Instance | Batch) -> dict[str, Any]:
         """The options of ``instance`` as its method wants them; see ``Dialect.native``."""
         return self.dialect(instance.method).native(instance.options, self.where(instance.method))
+
+
+class BatchAdapter(Adapter):
+    """An adapter that takes a batch as a whole; one sample is a batch of one."""
+
+    @abc.abstractmethod
+    def solve_all(self, batch: Batch) -> list[Point]:
+        """Every sample; ``batch.given_up(i)`` where they are solved one after the other.
+
+        Raises:
+            BackendCannotSolve, ProblemError: As ``Adapter.solve``.
+        """
+
+    def solve(self, instance: Instance) -> Point:
+        return self.solve_all(Batch.of(instance))[0]
+
+    def solve_batch(self, batch: Batch) -> list[Point]:
+        with interruptible():
+            return self.solve_all(batch)
 
 
 def _last_line(error: Exception) -> str:

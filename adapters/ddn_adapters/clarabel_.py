@@ -9,27 +9,24 @@ it takes a half to a fifth of the time.
 from __future__ import annotations
 
 import itertools
-import time
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ddn_solvers.adapter import (
-    Adapter,
     Array,
     Batch,
+    BatchAdapter,
     Capabilities,
     Dialect,
     Feature,
-    Instance,
     Method,
     Point,
     ProblemClass,
     ProblemError,
     Status,
     bound_multipliers,
-    interruptible,
 )
 
 _STATUS = {
@@ -54,7 +51,7 @@ _SETTINGS = (
 )
 
 
-class ClarabelAdapter(Adapter):
+class ClarabelAdapter(BatchAdapter):
     """One method."""
 
     capabilities = Capabilities(
@@ -78,25 +75,17 @@ class ClarabelAdapter(Adapter):
         ),
     )
 
-    def solve(self, instance: Instance) -> Point:
-        """One sample, as a batch of one."""
-        return self._solve_all(Batch.of(instance))[0]
-
-    def solve_batch(self, batch: Batch) -> list[Point]:
+    def solve_all(self, batch: Batch) -> list[Point]:
         """The coefficients of all samples at once, then one after the other."""
-        with interruptible():
-            return self._solve_all(batch)
-
-    def _solve_all(self, batch: Batch) -> list[Point]:
         settings, given, points = self._settings(batch), batch.coefficients, []
         pattern, frame = batch.program.hessian_pattern, None
         upper = pattern.indices <= pattern.columns  # of P's nonzeros
         counts = np.bincount(pattern.columns[upper], minlength=pattern.shape[1])
         triangle = pattern.indices[upper], np.concatenate([[0], np.cumsum(counts)])
         for i in range(len(batch)):
-            if time.monotonic() > batch.options.deadline:
-                late = "the time limit of the call was reached before this sample"
-                points.append(Point(batch.initial[i], Status.TIME_LIMIT, message=late))
+            late = batch.given_up(i)
+            if late is not None:
+                points.append(late)
                 continue
             if frame is None or not frame.serves(batch.lower[i], batch.upper[i]):
                 frame = _Frame.of(batch, batch.lower[i], batch.upper[i])

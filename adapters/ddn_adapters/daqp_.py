@@ -7,25 +7,22 @@ The same solver is in CasADi; called directly it takes a third of the time.
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import numpy as np
 
 from ddn_solvers.adapter import (
-    Adapter,
     Array,
     Batch,
+    BatchAdapter,
     Capabilities,
     Dialect,
     Feature,
-    Instance,
     Method,
     Point,
     ProblemClass,
     Status,
     bound_multipliers,
-    interruptible,
 )
 
 _STATUS = {
@@ -46,7 +43,7 @@ _SETTINGS = (
 _EQUALITY = 5  # how DAQP marks one
 
 
-class DAQPAdapter(Adapter):
+class DAQPAdapter(BatchAdapter):
     """One method, batch or not."""
 
     capabilities = Capabilities(
@@ -71,16 +68,8 @@ class DAQPAdapter(Adapter):
         ),
     )
 
-    def solve(self, instance: Instance) -> Point:
-        """One sample, as a batch of one."""
-        return self._solve_all(Batch.of(instance))[0]
-
-    def solve_batch(self, batch: Batch) -> list[Point]:
+    def solve_all(self, batch: Batch) -> list[Point]:
         """The coefficients of all samples at once, then one after the other."""
-        with interruptible():
-            return self._solve_all(batch)
-
-    def _solve_all(self, batch: Batch) -> list[Point]:
         import daqp
 
         program, given = batch.program, batch.coefficients
@@ -97,9 +86,9 @@ class DAQPAdapter(Adapter):
         fixed = np.where(batch.lower == batch.upper, _EQUALITY, 0).astype(np.int32)
         points = []
         for i in range(len(batch)):
-            if time.monotonic() > batch.options.deadline:
-                late = "the time limit of the call was reached before this sample"
-                points.append(Point(batch.initial[i], Status.TIME_LIMIT, message=late))
+            late = batch.given_up(i)
+            if late is not None:
+                points.append(late)
                 continue
             sense = kinds.copy()
             sense[:n] = fixed[i]

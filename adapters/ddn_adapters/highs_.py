@@ -8,25 +8,22 @@ solver; called directly it takes a quarter of the time on small problems.
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import numpy as np
 
 from ddn_solvers.adapter import (
-    Adapter,
     Batch,
+    BatchAdapter,
     Capabilities,
     Dialect,
     Feature,
-    Instance,
     Method,
     Point,
     ProblemClass,
     ProblemError,
     Status,
     bound_multipliers,
-    interruptible,
 )
 
 _STATUS = {
@@ -48,7 +45,7 @@ _METHODS = {"highs": "choose", "highs-ds": "simplex", "highs-ipm": "ipm"}
 _FEATURES = frozenset({Feature.BOUNDS, Feature.EQUALITY, Feature.INEQUALITY})
 
 
-class HiGHSAdapter(Adapter):
+class HiGHSAdapter(BatchAdapter):
     """The methods are called as in SciPy; each gives a vertex."""
 
     capabilities = Capabilities(
@@ -63,16 +60,8 @@ class HiGHSAdapter(Adapter):
     def where(self, name: str) -> str:
         return f"highs:{name}"
 
-    def solve(self, instance: Instance) -> Point:
-        """One sample, as a batch of one."""
-        return self._solve_all(Batch.of(instance))[0]
-
-    def solve_batch(self, batch: Batch) -> list[Point]:
+    def solve_all(self, batch: Batch) -> list[Point]:
         """The coefficients of all samples at once, then one after the other."""
-        with interruptible():
-            return self._solve_all(batch)
-
-    def _solve_all(self, batch: Batch) -> list[Point]:
         import highspy
 
         options = {"solver": _METHODS[batch.method], **self.native(batch)}
@@ -83,9 +72,9 @@ class HiGHSAdapter(Adapter):
         model.a_matrix_.start_, model.a_matrix_.index_ = pattern.indptr, pattern.indices
         points = []
         for i in range(len(batch)):
-            if time.monotonic() > batch.options.deadline:
-                late = "the time limit of the call was reached before this sample"
-                points.append(Point(batch.initial[i], Status.TIME_LIMIT, message=late))
+            late = batch.given_up(i)
+            if late is not None:
+                points.append(late)
                 continue
             c = given.constraints[i]
             model.col_cost_, model.a_matrix_.value_ = given.gradient[i], given.jacobian[i]
@@ -109,9 +98,8 @@ def _solved(model: Any, options: dict[str, Any], m: int, initial: Any) -> Point:
             )
     solver.passModel(model)
     solver.run()
-    if (
-        solver.getModelStatus() == highspy.HighsModelStatus.kUnboundedOrInfeasible
-    ):  # without presolve it knows
+    undecided = highspy.HighsModelStatus.kUnboundedOrInfeasible
+    if solver.getModelStatus() == undecided:  # not without presolve
         solver.setOptionValue("presolve", "off")
         solver.run()
     said, info, found = solver.getModelStatus().name, solver.getInfo(), solver.getSolution()

@@ -24,13 +24,12 @@ from typing import Any
 import numpy as np
 
 from ddn_solvers.adapter import (
-    Adapter,
     Array,
     Batch,
+    BatchAdapter,
     Capabilities,
     Dialect,
     Feature,
-    Instance,
     Method,
     Point,
     ProblemClass,
@@ -59,7 +58,7 @@ _MAX_LOWERED = 3  # times in one step
 _CENTRAL = 1e10  # factor by which s k may be away from mu
 
 
-class NewtonAdapter(Adapter):
+class NewtonAdapter(BatchAdapter):
     """One method, batch or not."""
 
     capabilities = Capabilities(
@@ -94,11 +93,7 @@ class NewtonAdapter(Adapter):
     def where(self, name: str) -> str:
         return f"newton:{name}"
 
-    def solve(self, instance: Instance) -> Point:
-        """One sample, as a batch of one."""
-        return self.solve_batch(Batch.of(instance))[0]
-
-    def solve_batch(self, batch: Batch) -> list[Point]:
+    def solve_all(self, batch: Batch) -> list[Point]:
         """All samples together, and so their time."""
         settings = self.native(batch)
         deadline = min(batch.options.deadline, time.monotonic() + settings["time_limit"] * len(batch))
