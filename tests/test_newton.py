@@ -173,6 +173,15 @@ def test_each_sample_with_inequalities_gets_the_same_point_in_any_batch() -> Non
         assert alone.stats.iterations[0] == together.stats.iterations[i]
 
 
+def test_a_large_batch_is_solved_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = mixed_inputs(12)
+    together = ddn.solve(MIXED, values, solver="newton")
+    monkeypatch.setattr("ddn_adapters.newton_._AT_ONCE", 5 * 40**2)
+    in_parts = ddn.solve(MIXED, values, solver="newton")
+    torch.testing.assert_close(in_parts["u"], together["u"], rtol=1e-12, atol=1e-13)
+    assert in_parts.stats.iterations == together.stats.iterations
+
+
 def test_its_steps_do_not_depend_on_the_unit_of_the_objective() -> None:
     problem = ddn.Problem(
         {"u": (5,)},

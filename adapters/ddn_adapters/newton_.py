@@ -54,6 +54,7 @@ _SOLVED = 10.0  # residuals of the conditions, over mu, at which mu is lowered
 _LINEAR, _SUPERLINEAR = 0.2, 1.5  # to the lesser of 0.2 mu and mu^1.5
 _INSIDE = 1e-2  # how far inside of bounds and inequalities the search begins, relative to the size of what they limit
 _TO_BOUNDARY = 0.995  # part of the way to the boundary that a step may go
+_AT_ONCE = 2**20  # entries of all matrices of the samples that are solved at once
 _MAX_LOWERED = 3  # times in one step
 _CENTRAL = 1e10  # factor by which s k may be away from mu
 
@@ -97,8 +98,14 @@ class NewtonAdapter(BatchAdapter):
         """All samples together, and so their time."""
         settings = self.native(batch)
         deadline = min(batch.options.deadline, time.monotonic() + settings["time_limit"] * len(batch))
+        steps, tolerance = int(settings["max_iter"]), settings["tolerance"]
+        size, points = batch.initial.shape[1] + batch.program.constraints, []
+        at_once = max(1, _AT_ONCE // max(1, size**2))
         with np.errstate(all="ignore"):  # a sample that runs off is judged, not computed with
-            return _solve_all(batch, int(settings["max_iter"]), settings["tolerance"], deadline)
+            for start in range(0, len(batch), at_once):
+                part = batch.take(range(start, min(start + at_once, len(batch))))
+                points += _solve_all(part, steps, tolerance, deadline)
+        return points
 
 
 def _solve_all(batch: Batch, max_iter: int, tolerance: float, deadline: float) -> list[Point]:
