@@ -306,6 +306,8 @@ class _Iterates:
         for _ in range(_MAX_LOWERED):
             apart = np.where(self.sides.present, self.s * self.k - self.mu[:, None], 0.0)
             solved = np.maximum(off, _largest(apart)) <= _SOLVED * self.mu
+            if not solved.any():
+                break
             lower = np.minimum(_LINEAR * self.mu, energy * (self.mu / energy) ** _SUPERLINEAR)
             self.mu = np.where(solved, np.maximum(lower, np.minimum(last, self.mu)), self.mu)
 
