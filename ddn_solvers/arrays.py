@@ -1,4 +1,4 @@
-"""Types of the NumPy arrays that the numeric core passes around, and one array that many parts of it need."""
+"""Types of the NumPy arrays that the numeric core passes around, and one vector that many parts of it need."""
 
 from __future__ import annotations
 
@@ -15,3 +15,9 @@ def without_symmetry(n: int) -> Array:
     """A vector, (n,), that no symmetry of a problem leaves as it is; always the same, as random ones would not be."""
     vector: Array = np.cos(1.0 + np.arange(n) ** 2)
     return vector
+
+
+def unit_without_symmetry(n: int) -> Array:
+    """The same of length one, (n,)."""
+    vector = without_symmetry(n)
+    return vector / np.linalg.norm(vector)

@@ -1,8 +1,9 @@
 """Backends in processes of their own: one that crashes or hangs fails its sample, and the program goes on.
 
-Several of them share the samples of a batch. A worker process gets a problem once, as functions by value, and compiles it; then arrays go there and points come back.
-If it dies, or is later than the time limit allows, the samples of that call are tried one by one, each in what is
-then a new process, so that only those fail that bring it down. What comes back is verified like any other point.
+Several of them share the samples of a batch. A worker process gets a problem once, as functions by value, and compiles
+it; then arrays go there and points come back. If it dies, or is later than the time limit allows, the samples that it had
+are tried one by one, each in what is then a new process, so that only those fail that bring it down. What comes back is
+verified like any other point.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from ddn_solvers.arrays import Array, Index, Mask, without_symmetry
+from ddn_solvers.arrays import Array, Index, Mask, unit_without_symmetry
 from ddn_solvers.evaluators import Coefficients, Evaluators, FirstOrder
 from ddn_solvers.lowering.pattern import Matrices
 from ddn_solvers.program import Program
@@ -260,7 +260,7 @@ class Evaluation:
         if not idle.any():
             return idle
         *parameters, sigma, tau = self.inputs
-        there = self.point.z + 1e-3 * self.size * _direction(self.point.z.shape[1])
+        there = self.point.z + 1e-3 * self.size * unit_without_symmetry(self.point.z.shape[1])
         weights = self.functions.kink_weights(there, (*parameters, sigma, tau + 1e-3), self.point.y)
         forces = np.abs(self._in_group(weights, np.add) * self._kink_norms)
         return idle & (forces <= _ROUNDING * np.where(unit > 0, unit, 1.0))
@@ -332,7 +332,9 @@ class Evaluation:
             return None
         z = self.point.z
         size = np.maximum(np.sqrt((z**2).sum(axis=1, keepdims=True)), 1e-2)
-        return self.functions.first_order(z + 1e-2 * size * _direction(z.shape[1]), self.inputs).jacobian
+        return self.functions.first_order(
+            z + 1e-2 * size * unit_without_symmetry(z.shape[1]), self.inputs
+        ).jacobian
 
     # -- unscaled ---------------------------------------------------------------------------------
 
@@ -523,12 +525,6 @@ def _inputs(bound: Bound, point: PrimalDual) -> tuple[Array, ...]:
     if not point.pieces.shape[1]:
         return bound.parameters
     return (*bound.parameters, point.pieces, np.zeros_like(point.pieces))
-
-
-def _direction(n: int) -> Array:
-    """A unit vector, (n,)."""
-    direction = without_symmetry(n)
-    return direction / np.linalg.norm(direction)
 
 
 def _significant(values: Array, terms: Array) -> Array:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -94,10 +93,7 @@ def _auto(program: Program) -> list[Route]:
     attempts = [(name, smooth) for name in _auto_names(smooth)] if program.lifted else []
     names = AUTO_NONSMOOTH if Feature.NONSMOOTH in program.features else _auto_names(program)
     for name, form in [*attempts, *((name, program) for name in names)]:
-        try:
-            found.append(replace(_route(name, form), form=Form.DECLARED if form is program else Form.LIFTED))
-        except (BackendCannotSolve, BackendNotFound, BackendNotInstalled):
-            continue
+        found += _possible(name, form, Form.DECLARED if form is program else Form.LIFTED)
     if not found:
         raise BackendCannotSolve(
             "no installed backend can solve this problem; see ddn.compile(problem).explain()"
@@ -131,12 +127,19 @@ def _quick(program: Program) -> list[Route]:
     forms = [] if program.numbers.any() else [(Form.DECLARED, program)]
     if program.lifted is not None:
         forms.append((Form.LIFTED, program.lifted))
-    found = []
+    found: list[Route] = []
     for form, smooth in forms:
         size = smooth.variables.size + smooth.constraints
         large = size > (_SMALL_WITH_SIDES if smooth.features & _SIDES else _SMALL)
         if large or smooth.quadratic or not smooth.compiled:
             continue
-        with contextlib.suppress(BackendCannotSolve, BackendNotFound, BackendNotInstalled):
-            found.append(replace(_route(AUTO_SMALL, smooth), tentative=True, form=form))
+        found += [replace(route, tentative=True) for route in _possible(AUTO_SMALL, smooth, form)]
     return found
+
+
+def _possible(name: str, program: Program, form: Form) -> list[Route]:
+    """The route of one name, if there is one for this problem, which is in that form."""
+    try:
+        return [replace(_route(name, program), form=form)]
+    except (BackendCannotSolve, BackendNotFound, BackendNotInstalled):
+        return []

@@ -53,7 +53,8 @@ def solve(
         parameters: Name -> tensor (*batch, *shape); leading batch dimensions broadcast.
         solver: ``"backend"``, ``"backend:method"``, ``"auto"`` (by problem class), or a list of
             these, tried in order for each sample. ``"auto"`` begins with Newton steps on a QP without inequalities
-            and bounds, or a sparse one; it ends with another start where the problem is not an LP or QP.
+            and bounds, or a sparse one, and with an interior point method for whole batches on small problems that
+            are no LP or QP; on these, large or small, it ends with another start.
         initial: Starting point: a dict by variable, or a tensor when there is one variable; by
             default zero, moved into the bounds. Samples that fail from there are tried from the default.
         warm_start: An earlier ``Solution`` of the same batch: point and multipliers to start from, with

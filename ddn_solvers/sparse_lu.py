@@ -21,6 +21,7 @@ def sparse_lu(matrix: sp.csc_array, **options: Any) -> SuperLU | None:
     from scipy.sparse.csgraph import structural_rank
     from scipy.sparse.linalg import splu
 
+    # A diagonal without zeros is one choice of an entry in each row and column.
     if not matrix.diagonal().all() and structural_rank(matrix) < matrix.shape[0]:
         return None
     try:

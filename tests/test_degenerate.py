@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import ddn_solvers as ddn
+from ddn_solvers.kkt import curvature as curvature_module
+from ddn_solvers.kkt import polish as polish_module
 from ddn_solvers.kkt.degenerate import Degenerate
 from ddn_solvers.kkt.system import System
 
@@ -714,3 +716,51 @@ def test_a_steep_direction_that_is_fixed_hides_no_curvature(steep: float) -> Non
     found = ddn.sensitivity(problem, {"x": x}, x)
     close(quietly(found.jacobian), torch.eye(2))
     assert found.certificate.null_space[0].shape == (2, 0)
+
+
+# -- work that is done once, or not at all --------------------------------------------------------------
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[None]:
+    """A list that grows with each call of a module's function."""
+    calls: list[None] = []
+    original = getattr(module, name)
+
+    def counting(*arguments: Any, **more: Any) -> Any:
+        calls.append(None)
+        return original(*arguments, **more)
+
+    monkeypatch.setattr(module, name, counting)
+    return calls
+
+
+def test_a_vertex_of_a_degenerate_lp_is_not_polished(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The simplex method leaves it exact; each Newton step would cost the singular values of the batch."""
+    steps = counted(monkeypatch, polish_module, "_newton_step")
+    problem = ddn.Problem(
+        {"u": (3,)},
+        {"x": (3,)},
+        lambda u, x: u @ x,
+        equality=lambda u: u.sum() - 1,
+        inequality=lambda u: u[0] - 1,
+        bounds={"u": (0.0, 1.0)},
+    )
+    x = torch.tensor([[-1.0, 2.0, 3.0], [-2.0, 1.0, 0.5]], dtype=torch.float64)
+    solution = ddn.solve(problem, {"x": x}, solver="highs")
+    assert solution.certificate.singular.all()
+    torch.testing.assert_close(solution["u"], torch.tensor([[1.0, 0, 0]] * 2, dtype=torch.float64))
+    assert not steps
+
+
+def test_the_bordered_matrices_of_a_sparse_batch_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They were made for the whole batch again for each sample of it."""
+    made = counted(monkeypatch, curvature_module, "_unit")
+    problem = ddn.Problem(
+        {"u": (250,)},
+        {"x": (250,)},
+        lambda u, x: (u - x).square().sum() + (u[1:] - u[:-1]).cosh().sum(),
+        inequality=lambda u: u[::50] - 0.1,
+    )
+    x = torch.randn(6, 250, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert ddn.solve(problem, {"x": x}, solver="casadi:ipopt").converged.all()
+    assert len(made) == 1

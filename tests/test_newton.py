@@ -115,7 +115,7 @@ def test_an_unbounded_and_an_infeasible_problem_are_named_by_others() -> None:
 def test_it_comes_first_on_small_problems_that_are_no_quadratic_programs() -> None:
     def first(n: int = 2, **more: object) -> str:
         base = {"objective": lambda u, x: (u - x[0]).exp().sum() - u.sum()}
-        problem = ddn.Problem({"u": (n,)}, {"x": (2,)}, **{**base, **more})  # type: ignore[arg-type]
+        problem = ddn.Problem({"u": (n,)}, {"x": (2,)}, **{**base, **more})
         return ddn.solve(problem, {"x": torch.ones(2, dtype=D)}).stats.backend[0]
 
     assert first() == "newton"

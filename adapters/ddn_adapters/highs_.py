@@ -3,7 +3,7 @@
     minimise  q^T z + constant   subject to   row_lower <= J z <= row_upper,   lower <= z <= upper
 
 HiGHS's duals are d f* / d (side of a row or variable): nu, lambda and r are minus them, l is the same. SciPy has the same
-solver; called directly it takes a quarter of the time on small problems.
+solver, with more to do for each sample (measured in docs/performance.md).
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ from ddn_solvers.adapter import (
     Status,
     bound_multipliers,
 )
-from ddn_solvers.arrays import without_symmetry
+from ddn_solvers.arrays import unit_without_symmetry
 
 _SUFFICIENT = 1e-4  # share of the predicted decrease of the merit function that a step has to bring
 _NOISE = 1e-14  # relative change of the merit function that is rounding
@@ -291,7 +291,7 @@ class _Iterates:
         z = np.where(arrived[:, None], self.z + room[:, None] * dz, z)
         self.forces = np.where(sides.free, 0.0, here.unbalanced(sides, y, k))
         lost = here.lost[:, None]
-        away = sides.inside(self.z + _size(self.z)[:, None] * _direction(n)) if lost.any() else z
+        away = sides.inside(self.z + _size(self.z)[:, None] * unit_without_symmetry(n)) if lost.any() else z
         self.z = np.where(lost, away, z)
         self.y, self.penalty = np.where(lost, 0.0, y), np.where(here.lost, 0.0, self.penalty)
         k = np.where(lost, self.k, self.k + _room(self.k, k - self.k)[:, None] * (k - self.k))
@@ -422,10 +422,9 @@ class _LineSearch:
             corrected = True
             z, s = np.where(lower[:, None], tried_z, z), np.where(lower[:, None], tried_s, s)
             moved = moved | lower
-            parabola = (
-                -self.slope * share**2 / (2 * (there - self.merit - self.slope * share))
-            )  # its lowest point
-            share = np.clip(np.nan_to_num(parabola), 0.1 * share, 0.5 * share)
+            # To the lowest point of the parabola through both values.
+            lowest = -self.slope * share**2 / (2 * (there - self.merit - self.slope * share))
+            share = np.clip(np.nan_to_num(lowest), 0.1 * share, 0.5 * share)
             searching = searching & ~lower & (share > _SHORTEST)
         return z, s, moved
 
@@ -507,9 +506,3 @@ def _not_positive(matrices: Array, samples: Any) -> Any:
         found = [i for i in samples if dpotrf(matrices[i], lower=True)[1] != 0]
         return np.array(found, dtype=np.intp)
     return samples[:0]
-
-
-def _direction(n: int) -> Array:
-    """A unit vector, (n,)."""
-    direction = without_symmetry(n)
-    return direction / np.linalg.norm(direction)

@@ -124,15 +124,13 @@ def polish(
         if len(samples) == batch:
             whole, of_whole = system, active
         last = replace(last, sides=_put(last.sides, samples, active.sides, np.ones(len(samples), dtype=bool)))
-        there = program.quadratic & (before.scaled <= _EXACT) & system.singular.numpy()
+        singular[samples], condition[samples] = system.singular.numpy(), system.condition.numpy()
+        there = program.quadratic & (before.scaled <= _EXACT) & singular[samples]
         if there.any():  # no step of a singular system brings such a point on, and each costs singular values
-            at = samples[there]
-            predicted[at], singular[at], open_[at] = 0.0, True, False
-            condition[at] = system.condition.numpy()[there]
+            predicted[samples[there]], open_[samples[there]] = 0.0, False
             continue
         step = _newton_step(here, active, system)
         predicted[samples] = step.size
-        singular[samples], condition[samples] = system.singular.numpy(), system.condition.numpy()
         exact = step.rounding & (before.scaled <= _EXACT)
         exact &= (steps[samples] > 0) | (not tentative)  # the first step of a guess is taken, however small
         steps[samples] += 1
