@@ -629,7 +629,7 @@ def reference(known: Known, i: int, weak: bool = True) -> Reference:
 
     def gradient(z: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
         p = named(flat)
-        total = lambda z: declaration.objective(z, p) + known.y[i] @ declaration.constraints(z, p)  # noqa: E731
+        total = lambda z: declaration.objective(z, p) + known.y[i] @ declaration.constraints(z, p)  # noqa: E731  # a formula
         return torch.func.grad(total)(z)
 
     def rows(z: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:

@@ -230,7 +230,7 @@ def test_numbers_that_are_not_finite_are_no_point_of_casadi() -> None:
     instance = make_batch(case("scalar"), "daqp")[0]
     found = [np.full(size, np.nan) for size in (1, instance.program.constraints, 1)]
     adapter = ADAPTERS["casadi"]
-    point = adapter._point(instance, found, {"return_status": "", "success": True})  # type: ignore[attr-defined]
+    point = adapter._point(instance, found, {"return_status": "", "success": True})
     assert point.status is Status.NUMERICAL_ERROR
     assert np.array_equal(point.primal, instance.initial)
     assert point.equality is None

@@ -383,7 +383,7 @@ class _Sample:
     """One sample of a batched solution, as ``outputs`` reads it."""
 
     def __init__(self, solution, i):
-        take = lambda tensors: {k: t[i] for k, t in tensors.items()}  # noqa: E731
+        take = lambda tensors: {k: t[i] for k, t in tensors.items()}  # noqa: E731  # a formula
         self.primal, self.objective = take(solution.primal), solution.objective[i]
         self.dual = type(solution.dual)(
             *(take(getattr(solution.dual, n)) for n in ("equality", "inequality", "lower", "upper"))
@@ -449,7 +449,7 @@ def test_nested_transforms_are_right_or_refused(outer, inner, mapped, solver):
     x, r = 3 * rand(3, 3, seed=4), vector(0.5, 0.7, 0.9)
 
     def nested(function, outer, inner):
-        loss = lambda x, r: (function(x, r) * vector(1, -2, 0.5)).sum()  # noqa: E731
+        loss = lambda x, r: (function(x, r) * vector(1, -2, 0.5)).sum()  # noqa: E731  # a formula
         derivative = getattr(torch.func, outer)(getattr(torch.func, inner)(loss))
         return torch.func.vmap(derivative)(x, r) if mapped else derivative(x[0], r[0])
 

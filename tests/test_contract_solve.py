@@ -730,7 +730,7 @@ def test_a_masked_sample_of_nan_functions_leaves_no_trace(how):
             warnings.filterwarnings("ignore", ".*torch.jit.script", DeprecationWarning)
             if how == "jvp":
                 tangents = tuple(torch.ones_like(v) for v in values.values())
-                run = lambda *v: solve(dict(zip(values, v, strict=True)))  # noqa: E731
+                run = lambda *v: solve(dict(zip(values, v, strict=True)))  # noqa: E731  # a formula
                 return (torch.func.jvp(run, tuple(values.values()), tangents)[1],)
         grads = torch.autograd.grad(solve(p).sum(), list(p.values()), create_graph=how != "backward")
         if how != "second":

@@ -147,7 +147,7 @@ def kink(kind: str, size: int, room: int, weak: bool, rng: np.random.Generator) 
         force = (share / share.sum())[1:]
         first, others = ties[0], ties[1:]
         free = torch.zeros(len(others), dtype=torch.bool)
-        rows = lambda r: sigma[others] * r[others] - sigma[first] * r[first]  # noqa: E731
+        rows = lambda r: sigma[others] * r[others] - sigma[first] * r[first]  # noqa: E731  # a formula
         return r, Kink(lambda r: sigma[first] * r[first], rows, force, free)
     if kind == "deadzone":  # max(|r| - 1, 0), on the kink where |r| = 1
         out = torch.from_numpy(rng.random(size) < 0.5)

@@ -190,7 +190,7 @@ class OnItself(nn.Module):
             torch.manual_seed(0)
             self.net = nn.Linear(3, 3).double()
         self.scale = nn.Parameter(torch.tensor(1.0, dtype=D))
-        closure = lambda u, x: (u - self.scale * self.net(x)).square().sum()  # noqa: E731
+        closure = lambda u, x: (u - self.scale * self.net(x)).square().sum()  # noqa: E731  # a formula
         objective = {"method": self.objective, "closure": closure}[how]
         self.layer = ddn.DeclarativeLayer(ddn.Problem({"u": (3,)}, {"x": (3,)}, objective))
 
@@ -444,7 +444,7 @@ def test_vectorised_second_derivatives():
     assert close(found, expected)
     nested = [
         functional.jacobian(
-            lambda x: functional.jacobian(lambda x: f(x, R), x, vectorize=True, create_graph=True),  # noqa: B023
+            lambda x: functional.jacobian(lambda x: f(x, R), x, vectorize=True, create_graph=True),  # noqa: B023  # called at once
             X[:1],
             vectorize=True,
         )

@@ -710,7 +710,7 @@ def test_vmap_of_second_derivatives_over_different_kink_patterns():
             close(found[i], torch.func.jacrev(sparse_group)(x[i], w[i]))
     found = torch.func.vmap(torch.func.hessian(lambda x, w: layer(x, w).pow(3).sum()))(x, w)
     for i in range(3):
-        close(found[i], torch.func.hessian(lambda x: sparse_group(x, w[i]).pow(3).sum())(x[i]))  # noqa: B023
+        close(found[i], torch.func.hessian(lambda x: sparse_group(x, w[i]).pow(3).sum())(x[i]))  # noqa: B023  # called at once
 
 
 @pytest.mark.parametrize("choice", ["manifold", "clarke"])
@@ -782,7 +782,7 @@ def test_a_subgradient_on_the_boundary_is_one_sided(name, solver):
         assert not c.strictly_complementary
         assert not c.singular
         assert c.margin < 1e-8
-        found, told = quietly(lambda: jacobian(s["u"], x))  # noqa: B023
+        found, told = quietly(lambda: jacobian(s["u"], x))  # noqa: B023  # called at once
         assert told <= 3
         close(found, expected)
 
