@@ -264,8 +264,9 @@ def _by_name(
 
 def _flat_directions(evaluation: Evaluation, bent: Curvature) -> list[torch.Tensor]:
     """Directions in the null space of the active rows without curvature: where dz is free, (n, k) each."""
-    if not bent.null.shape[1]:  # too large for a basis, or regular: then there are none
-        return [torch.zeros(evaluation.point.z.shape[1], 0, dtype=torch.float64) for _ in bent.null]
+    batch, n = evaluation.point.z.shape
+    if bent.null is None:
+        return [torch.zeros(n, 0, dtype=torch.float64)] * batch
     bases = []
     for null, size, hessian, unit in zip(bent.null, bent.size, evaluation.hessian, bent.unit, strict=True):
         basis = null[(null != 0).any(axis=1)].T  # (n, n - rank)

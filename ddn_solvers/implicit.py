@@ -32,6 +32,7 @@ from ddn_solvers.transforms import (
     one_by_one,
     refuse_batched_tangents,
     refuse_nested_forward_mode,
+    untransformed,
 )
 
 
@@ -116,9 +117,10 @@ class Operation:
     def depends_on_direction(self) -> bool:
         """Whether forward mode has to ask for directional derivatives: some sample has no linear one."""
         verified = self.established()
-        return verified.one_sided or (
-            verified.degenerate and bool(self.linearisation(self.good).directional.any())
-        )
+        if verified.one_sided or not verified.degenerate:
+            return verified.one_sided
+        with untransformed():
+            return bool(self.linearisation(self.good).directional.any())
 
     @property
     def good(self) -> Index:

@@ -6,9 +6,11 @@ batch dimension in them; nested forward mode would be zero in silence and is ref
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.autograd import forward_ad
 
 from ddn_solvers.errors import SensitivityError
@@ -39,6 +41,15 @@ def refuse_batched_tangents(tensors: Sequence[torch.Tensor]) -> None:
 def is_transformed(tensor: torch.Tensor) -> bool:
     """Whether a torch.func transform wraps the tensor, so that it has no array."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
+@contextmanager
+def untransformed() -> Iterator[None]:
+    """Outside of every torch.func transform that is under way: under a level of theirs no tensor has an array."""
+    with ExitStack() as levels:
+        while torch._C._functorch.peek_interpreter_stack() is not None:
+            levels.enter_context(temporarily_pop_interpreter_stack())
+        yield
 
 
 def one_by_one(

@@ -136,6 +136,31 @@ def test_the_solution_operator_is_symmetric(seed: int) -> None:
     close(matrix, matrix.T, atol=1e-10)
 
 
+@pytest.mark.parametrize("row", [1.0, 1e3, 1e8])
+@pytest.mark.parametrize("seed", range(3))
+def test_fixed_variables_leave_the_system_and_change_nothing(seed: int, row: float) -> None:
+    """Two thirds of the variables at bounds, sides that contradict each other: A^+ of all rows, written out."""
+    n, m = 24, 9
+    root, J, unit = randn(n, n, seed=seed), randn(m, n, seed=seed + 10), torch.ones(m, dtype=D)
+    J[3], J[5], unit[4] = J[0] - J[1], 0.0, row
+    H, J, fixed, active = root + root.T, unit[:, None] * J, torch.arange(n) % 3 != 0, torch.arange(m) != 7
+    a, b, v = (randn(size, seed=seed + 20) for size in (n, m, n))
+    step = Degenerate(H[None], J[None], active[None], fixed[None]).solve(a[None], (unit * b)[None], v[None])
+
+    A, sides = torch.cat([J[active], torch.eye(n, dtype=D)[fixed]]), torch.cat([(unit * b)[active], v[fixed]])
+    norms = A.norm(dim=-1)
+    norms = torch.where(norms > 0, norms, 1.0)
+    weight = (1e-6 * norms.max() / norms).clamp(min=1.0)  # as if no row were below a millionth of the largest
+    inverse = torch.linalg.pinv(weight[:, None] * A, rtol=1e-13) * weight
+    P = torch.eye(n, dtype=D) - torch.linalg.pinv(A / norms[:, None], rtol=1e-6) @ (A / norms[:, None])
+    x = inverse @ sides
+    x = x + torch.linalg.pinv(P @ H @ P, atol=1e-10, hermitian=True) @ P @ (a - H @ x)
+    t, count = norms * (inverse.T @ (a - H @ x)), int(active.sum())
+    close(step.x[0], x)
+    close(step.t[0, active] * norms[:count], t[:count])
+    close(-step.q[0, fixed], t[count:])
+
+
 @pytest.mark.parametrize("consistent", [True, False])
 def test_more_rows_than_variables_are_least_squares(consistent: bool) -> None:
     n, m = 5, 9
@@ -750,6 +775,57 @@ def test_a_vertex_of_a_degenerate_lp_is_not_polished(monkeypatch: pytest.MonkeyP
     assert solution.certificate.singular.all()
     torch.testing.assert_close(solution["u"], torch.tensor([[1.0, 0, 0]] * 2, dtype=torch.float64))
     assert not steps
+
+
+def test_singular_values_are_taken_of_what_no_bound_fixes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An assignment of six to six has six variables in its basis: forward, backward and certificate."""
+    shapes: list[tuple[int, ...]] = []
+    for module, name in ((np.linalg, "svd"), (torch.linalg, "pinv")):
+        original = getattr(module, name)
+
+        def noting(matrix: Any, *more: Any, original: Any = original, **options: Any) -> Any:
+            shapes.append(tuple(matrix.shape[-2:]))
+            return original(matrix, *more, **options)
+
+        monkeypatch.setattr(module, name, noting)
+    k = 6
+    ways = ddn.Problem(
+        {"u": (k, k)},
+        {"x": (k, k)},
+        lambda u, x: (u * x).sum(),
+        equality=[lambda u: u.sum(0) - 1, lambda u: u.sum(1) - 1],
+        bounds={"u": (0.0, 1.0)},
+    )
+    x = randn(3, k, k).requires_grad_()
+    solution = ddn.solve(ways, {"x": x}, solver="highs")
+    with pytest.warns(ddn.DegeneracyWarning):
+        solution["u"].square().sum().backward()
+    assert solution.certificate.singular.all()
+    assert (solution["u"].round() == solution["u"]).all()
+    assert shapes
+    assert all(min(shape) <= 2 * k for shape in shapes)
+
+
+def test_a_regular_sample_needs_no_pseudo_inverse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One singular sample of eight had those of all made."""
+    batches: list[int] = []
+    original = torch.linalg.pinv
+
+    def noting(matrix: torch.Tensor, *more: Any, **options: Any) -> torch.Tensor:
+        batches.append(len(matrix))
+        return original(matrix, *more, **options)
+
+    monkeypatch.setattr(torch.linalg, "pinv", noting)
+    n, m, batch = 6, 2, 8
+    rows = randn(batch, m, n)
+    rows[3, 1] = rows[3, 0]
+    hessian, everything = torch.eye(n, dtype=D).repeat(batch, 1, 1), torch.ones(batch, m, dtype=torch.bool)
+    nothing = torch.zeros(batch, n, dtype=torch.bool)
+    system = System(hessian, rows, everything, nothing)
+    step = system.solve(randn(batch, n, seed=1), randn(batch, m, seed=2), torch.zeros(batch, n, dtype=D))
+    assert system.singular.tolist() == [i == 3 for i in range(batch)]
+    assert step.x.isfinite().all()
+    assert set(batches) == {1}
 
 
 def test_the_bordered_matrices_of_a_sparse_batch_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:

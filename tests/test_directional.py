@@ -473,3 +473,19 @@ def test_of_parallel_rows_close_to_each_other_the_one_in_front(solver: str, gap:
     solution = quietly(ddn.solve, problem, {"x": vector(1.0, 0.5), "b": b}, solver=solver)
     close(solution["u"], [0.25, -0.25], 1e-10)
     close(quietly(torch.autograd.grad, solution["u"][0], b)[0], [0.5, 0.0], 1e-8)
+
+
+def test_forward_mode_of_a_large_sparse_problem_with_dependent_rows() -> None:
+    """Whether its derivative depends on the direction was asked inside of the transform, where tensors have no arrays."""
+    n = 300
+    problem = ddn.Problem(
+        {"u": (n,)},
+        {"x": (n,)},
+        lambda u, x: (u - x).square().sum(),
+        equality=[lambda u: u[1:] - u[:-1], lambda u: u[-1:] - u[:1]],
+        bounds={"u": (0.0, None)},
+    )
+    x = torch.linspace(-1, 2, n, dtype=D)
+    y, dy = quietly(torch.func.jvp, ddn.DeclarativeLayer(problem), (x,), (torch.linspace(0, 1, n, dtype=D),))
+    close(y, torch.full((n,), 0.5, dtype=D))
+    close(dy, torch.full((n,), 0.5, dtype=D))

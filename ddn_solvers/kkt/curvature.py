@@ -28,6 +28,7 @@ from ddn_solvers.arrays import Array, Mask, without_symmetry
 from ddn_solvers.inertia import negative_eigenvalues
 from ddn_solvers.kkt.linear import DEPENDENT, least_squares
 from ddn_solvers.kkt.operator import DENSE_LIMIT, Bordered, Sparse, large_and_sparse
+from ddn_solvers.kkt.packing import Packing, pick
 from ddn_solvers.kkt.system import System
 from ddn_solvers.lowering.pattern import Matrices
 from ddn_solvers.residuals import Evaluation
@@ -46,8 +47,8 @@ class Curvature:
         rank: Of the active rows, bounds included, (B,).
         rows: How many there are, (B,).
         smallest: Smallest eigenvalue of the reduced Hessian over |H|, (B,); inf where the null space is {0}.
-        null: Orthonormal rows that span the null space of the active ones, the others zero, (B, n, n), of variables
-            in units of ``size``; not made where the problem is too large for that: (B, 0, n).
+        null: Orthonormal rows that span the null space of the active ones, others zero, (B, n', n), of variables in
+            units of ``size``; ``None`` where the problem is too large for that.
         size: Of the variables, the largest one, (B, n).
         unit: |H| in these units, (B,), one where it vanishes.
     """
@@ -55,7 +56,7 @@ class Curvature:
     rank: np.ndarray[Any, np.dtype[np.int64]]
     rows: np.ndarray[Any, np.dtype[np.int64]]
     smallest: Array
-    null: Array
+    null: Array | None
     size: Array
     unit: Array
 
@@ -96,26 +97,30 @@ def curvature(evaluation: Evaluation, active: ActiveSet) -> Curvature:
         found = _sparse_curvature(evaluation, active)
         if found is not None:
             return found
-    batch, n = evaluation.point.z.shape
-    size = _size(evaluation)
+    n, size = active.n, _size(evaluation)
     hessian = evaluation.hessian * size[:, :, None] * size[:, None, :]
+    packing = Packing.of(torch.from_numpy(~active.fixed), torch.from_numpy(active.constraints))
     rows = np.where(active.constraints[:, :, None], _normalised(evaluation, size), 0.0)
-    fixed = np.zeros((batch, n, n))
-    fixed[:, np.arange(n), np.arange(n)] = active.fixed
-    _, singular, right = np.linalg.svd(np.concatenate([rows, fixed], axis=1), full_matrices=True)
-    counted = np.zeros((batch, n), dtype=bool)  # right singular vectors that span the rows
-    largest = np.maximum(singular.max(axis=1, initial=0.0), 1e-300)[:, None]
-    counted[:, : singular.shape[1]] = singular > DEPENDENT * largest
-    null = np.where(counted[:, :, None], 0.0, right)
-    reduced = null @ hessian @ null.transpose(0, 2, 1)
+    rows, free = (
+        packed(torch.from_numpy(M)).numpy()
+        for packed, M in ((packing.border, rows), (packing.hessian, hessian))
+    )
+    fixed = pick(torch.from_numpy(active.fixed), packing.variables).numpy()  # of those that fill up
+    stacked = np.concatenate([rows, fixed[:, :, None] * np.eye(fixed.shape[1])], axis=1)
+    _, singular, right = np.linalg.svd(stacked, full_matrices=True)
+    counted = singular > DEPENDENT * np.maximum(singular.max(axis=1, keepdims=True, initial=0.0), 1.0)
+    null = np.where(counted[:, :, None], 0.0, right)  # but for the right singular vectors that span the rows
+    reduced = null @ free @ null.transpose(0, 2, 1)
     norm = np.abs(hessian).max(axis=(1, 2), initial=0.0)
     unit = np.where(norm > 0, norm, 1.0)
     above = np.where(counted, 2.0 * n, 0.0)  # lifts the directions that do not count out of the way
-    reduced = reduced / unit[:, None, None] + above[:, :, None] * np.eye(n)
+    reduced = reduced / unit[:, None, None] + above[:, :, None] * np.eye(counted.shape[1])
     smallest = np.linalg.eigvalsh(reduced).min(axis=1, initial=np.inf)
-    rank = counted.sum(axis=1)
+    rank = counted.sum(axis=1) + active.fixed.sum(axis=1) - fixed.sum(axis=1)
     count = active.constraints.sum(axis=1) + active.fixed.sum(axis=1)
-    return Curvature(rank, count, np.where(rank == n, np.inf, smallest), null, size, unit)
+    whole = np.zeros((*null.shape[:2], n))
+    np.put_along_axis(whole, packing.variables.numpy()[:, None], null, axis=2)
+    return Curvature(rank, count, np.where(rank == n, np.inf, smallest), whole, size, unit)
 
 
 def surely_minimal(evaluation: Evaluation, active: ActiveSet) -> bool:
@@ -199,8 +204,7 @@ def _sparse_curvature(evaluation: Evaluation, active: ActiveSet) -> Curvature | 
             smallest[i] = _smallest(K, i, bool(system.singular[i]))
     size = _size(evaluation)
     norm = evaluation.H.scaled(size, size).largest()
-    null = np.zeros((len(rows), 0, active.n))
-    return Curvature(rank, rows, smallest, null, size, np.where(norm > 0, norm, 1.0))
+    return Curvature(rank, rows, smallest, None, size, np.where(norm > 0, norm, 1.0))
 
 
 def _rank(K: Bordered, sample: int) -> int:

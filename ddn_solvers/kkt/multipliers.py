@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from ddn_solvers.active_set import ActiveSet, kink_sides
 from ddn_solvers.arrays import Array, Index, Mask
@@ -27,6 +28,8 @@ from ddn_solvers.program import Program
 from ddn_solvers.residuals import Bound, Evaluation, PrimalDual
 
 _NEARLY_ACTIVE = 1e-5  # scaled slack within which a constraint may be active
+_UNCHANGED = 1e-9  # relative change of a force, or of a multiplier that is held, that is rounding
+_NOTHING = 1e-30  # entry of a unit vector that is zero
 _ZERO = 1e-10  # relative difference of curvature, or multiplier, that counts as none
 _CANCELLING = (
     1e6  # force of a multiplier relative to those of the objective that only dependent rows can hold
@@ -186,25 +189,29 @@ class _ActiveRows:
     """The active rows of one sample, bounds included, with their multipliers.
 
     Attributes:
-        columns: Their gradients, (n, rows).
+        index: Which rows of c, lower bounds and upper bounds they are.
+        norms: Of their gradients, (rows,).
         known: Their multipliers, (rows,).
         limits: Between which numbers each of those lies, (2, rows): none for equalities, >= 0, |mu| <= w.
         unit: In which each is measured, (rows,); see ``_kink_units``.
-        free: Directions in which the multipliers are not determined, (rows, d).
+        free: Directions in which the multipliers are not determined, (rows, d). With J the active rows of c they
+            are the null space of J^T in the variables that no bound fixes; bounds take what J^T y is in the others.
+        on_free: J in the former variables, (rows of c, free variables).
     """
 
-    index: tuple[Index, Index, Index]  # of c, lower bounds, upper bounds
-    columns: Array
+    index: tuple[Index, Index, Index]
+    norms: Array
     known: Array
     limits: Array
     unit: Array
     free: Array
+    on_free: Array
 
     @staticmethod
     def of(evaluation: Evaluation, active: ActiveSet, i: int) -> _ActiveRows:
-        point, identity = evaluation.point, np.eye(active.n)
+        point = evaluation.point
         rows, left, right = (np.flatnonzero(m[i]) for m in (active.constraints, active.lower, active.upper))
-        columns = np.concatenate([evaluation.jacobian[i, rows], -identity[left], identity[right]]).T
+        J, loose = evaluation.jacobian[i, rows], ~active.fixed[i]
         known = np.concatenate([point.y[i, rows], point.lower[i, left], point.upper[i, right]])
         m = evaluation.program.constraints
         weights = np.abs(evaluation.kink_weights[i, rows[rows >= m] - m])
@@ -213,14 +220,24 @@ class _ActiveRows:
         most = np.concatenate([np.full(len(rows) - kink, np.inf), weights])
         bounds = np.zeros(len(left) + len(right))
         limits = np.stack([np.concatenate([least, bounds]), np.concatenate([most, bounds + np.inf])])
-        unit = np.ones(len(known))
-        norms = np.linalg.norm(columns, axis=0)
+        norms = np.concatenate([np.linalg.norm(J, axis=1), np.ones_like(bounds)])
+        unit, of_rows = np.ones(len(known)), slice(0, len(rows))
         unit[len(rows) - kink : len(rows)] = _kink_units(weights, norms[len(rows) - kink : len(rows)])
-        norms = np.where(norms > 0, norms, 1.0)
-        _, singular, rotated = np.linalg.svd(columns / norms)
-        rank = int((singular > DEPENDENT * singular.max(initial=0.0)).sum())
-        free_directions = rotated[rank:].T / norms[:, None]
-        return _ActiveRows((rows, left, right), columns, known, limits, unit, free_directions)
+        scale = np.where(norms[of_rows] > 0, norms[of_rows], 1.0)
+        _, singular, rotated = np.linalg.svd(J[:, loose].T / scale)
+        rank = int((singular > DEPENDENT * max(singular.max(initial=0.0), 1.0)).sum())
+        # LAPACK leaves subnormal numbers in rows that share no variable, and arithmetic on those takes a hundred times as long.
+        undetermined = np.where(np.abs(rotated[rank:].T) < _NOTHING, 0.0, rotated[rank:].T) / scale[:, None]
+        taken = J.T @ undetermined
+        return _ActiveRows(
+            (rows, left, right),
+            norms,
+            known,
+            limits,
+            unit,
+            np.concatenate([undetermined, taken[left], -taken[right]]),
+            J[:, loose],
+        )
 
     def put(self, point: PrimalDual, i: int, values: Array) -> None:
         """Write multipliers into sample ``i`` of a point."""
@@ -228,8 +245,11 @@ class _ActiveRows:
         cuts = np.cumsum([len(rows), len(left)])
         point.y[i, rows], point.lower[i, left], point.upper[i, right] = np.split(values, cuts)
 
-    def bends(self, evaluation: Evaluation, i: int, null: Array) -> Array:
-        """tr(Z^T H_j Z) of each row, (rows,), Z^T being ``null``: bounds are straight."""
+    def bends(self, evaluation: Evaluation, i: int, bent: Curvature) -> Array:
+        """tr(Z^T H_j Z) of each row, (rows,), Z being the null space of all: bounds are straight, and all of a QP."""
+        if bent.null is None or evaluation.program.quadratic:
+            return np.zeros(len(self.known))
+        null = bent.null[i] * bent.size[i]
         rows, one = self.index[0], evaluation.take(np.array([i]))
         weights = np.zeros((len(rows), evaluation.functions.rows))
         weights[np.arange(len(rows)), rows] = 1.0
@@ -276,9 +296,8 @@ def dependent_rows(evaluation: Evaluation, active: ActiveSet, bent: Curvature) -
     found = tuple(np.zeros_like(mask) for mask in (active.constraints, active.lower, active.upper))
     for i in np.flatnonzero(bent.rank < bent.rows):
         rows = _ActiveRows.of(evaluation, active, int(i))
-        norms = np.linalg.norm(rows.columns, axis=0)
-        share = np.abs(rows.free * norms[:, None]).max(axis=1, initial=0.0)
-        involved = (share > 1e-8 * share.max(initial=0.0)) | (norms <= 1e-300)
+        share = np.abs(rows.free * rows.norms[:, None]).max(axis=1, initial=0.0)
+        involved = (share > 1e-8 * share.max(initial=0.0)) | (rows.norms <= 1e-300)
         cuts = np.cumsum([len(index) for index in rows.index[:2]])
         for mask, index, part in zip(found, rows.index, np.split(involved, cuts), strict=True):
             mask[i, index] = part
@@ -294,16 +313,12 @@ def canonical_multipliers(evaluation: Evaluation, active: ActiveSet) -> PrimalDu
         active: The active set there.
     """
     bent = curvature(evaluation, active)
-    if not bent.null.shape[1]:  # unique, or too many to choose from
+    if bent.null is None:  # too many to choose from
         return evaluation.point
     point = PrimalDual(**{name: values.copy() for name, values in vars(evaluation.point).items()})
-    for i in np.flatnonzero(bent.rank < bent.rows):
-        rows = _ActiveRows.of(evaluation, active, int(i))
-        rows.put(
-            point,
-            int(i),
-            _of_binding_curvature(rows, rows.bends(evaluation, int(i), bent.null[i] * bent.size[i])),
-        )
+    for i in map(int, np.flatnonzero(bent.rank < bent.rows)):
+        rows = _ActiveRows.of(evaluation, active, i)
+        rows.put(point, i, _of_binding_curvature(rows, rows.bends(evaluation, i, bent)))
     return point
 
 
@@ -323,7 +338,7 @@ def steepest_multipliers(
     c, left, right = rows.index
     change = np.concatenate([dc[c], lower[left], -upper[right]]) @ rows.free
     # Curvature decides between those that are equally steep.
-    curved = rows.bends(evaluation, 0, bent.null[0] * bent.size[0]) @ rows.free
+    curved = rows.bends(evaluation, 0, bent) @ rows.free
     size = np.abs(curved).max(initial=0.0)
     if size > 0:
         change = change + 1e-7 * max(np.abs(change).max(), 1e-300) * curved / size
@@ -337,36 +352,46 @@ def steepest_multipliers(
 
 def _of_binding_curvature(rows: _ActiveRows, bends: Array) -> Array:
     """The canonical multipliers of one sample; ``bends`` is what each of its rows adds to the trace."""
-    fixed, known, curved = rows.columns, rows.known, bends @ rows.free
+    free, known, curved = rows.free, rows.known, bends @ rows.free
     largest = np.abs(bends).max(initial=0.0)
-    if np.abs(curved).max(initial=0.0) > _ZERO * largest * np.abs(rows.free).max(initial=0.0):
+    if np.abs(curved).max(initial=0.0) > _ZERO * largest * np.abs(free).max(initial=0.0):
         binding = rows.largest(curved)
         if binding is not None:  # otherwise the curvature has no limit, and nothing can be chosen by it
-            fixed = np.concatenate([fixed, bends[None] * np.abs(fixed).max() / largest])
             known = binding
+            free = free @ np.linalg.svd(curved[None])[2][1:].T  # along which it stays what it is
     least, most = rows.limits
-    found = rows.unit * _minimum_norm(fixed * rows.unit, known / rows.unit, *(rows.limits / rows.unit))
-    margin = _ZERO * rows.unit
+    unit = rows.unit
+    found = unit * _minimum_norm(free / unit[:, None], known / unit, *(rows.limits / unit))
+    moved = (found - known)[: len(rows.on_free)]
+    forces = np.abs(found[: len(moved)]) @ np.abs(rows.on_free)
+    if (np.abs(moved @ rows.on_free) > _UNCHANGED * forces.max(initial=0.0)).any():
+        found = known  # rows that are dependent to six digits
+    margin = _ZERO * unit
     if ((found >= least + margin) & (found <= most - margin))[np.isfinite(most)].all():
         return found
     inside = rows.inmost()  # kinks that hold: as far from being left as they can be
     return found if inside is None else inside
 
 
-def _minimum_norm(fixed: Array, known: Array, least: Array, most: Array) -> Array:
-    """y of minimum norm, least <= y <= most, with fixed y = fixed known; ``known`` where that is not found."""
-    target, held = fixed @ known, np.full(len(known), np.nan)  # entries that are held at a limit
-    enough = 1e-9 * max(np.abs(target).max(initial=0.0), 1e-300)
+def _minimum_norm(free: Array, known: Array, least: Array, most: Array) -> Array:
+    """y = known + free s of minimum norm, least <= y <= most; ``known`` where that is not found.
+
+    With Q orthonormal and the same span, y = nearest + Q s where nearest is orthogonal to Q: that of minimum norm
+    has the s that has.
+    """
+    Q = torch.linalg.qr(torch.from_numpy(free))[0].numpy()
+    nearest = known - Q @ (Q.T @ known)
+    y, held = nearest, np.full(len(known), np.nan)  # entries that are held at a limit
     for _ in known:
-        loose = np.isnan(held)
-        there = np.where(loose, 0.0, held)
-        step = np.linalg.lstsq(np.where(loose, fixed, 0.0), target - fixed @ there, rcond=DEPENDENT)[0]
-        y = np.where(loose, step, held)
-        if not np.allclose(fixed @ y, target, rtol=0, atol=enough):
-            return known
         margin = _ZERO * np.abs(y).max(initial=0.0)
-        outside = loose & ((y < least - margin) | (y > most + margin))
+        outside = np.isnan(held) & ((y < least - margin) | (y > most + margin))
         if not outside.any():
             return np.clip(y, least, most)
         held = np.where(outside, np.clip(y, least, most), held)
+        at = np.flatnonzero(~np.isnan(held))
+        there = torch.from_numpy(Q[at]), torch.from_numpy(held[at] - nearest[at])[:, None]
+        y = nearest + Q @ torch.linalg.lstsq(*there, rcond=DEPENDENT, driver="gelsy").solution[:, 0].numpy()
+        if not np.allclose(y[at], held[at], rtol=0, atol=_UNCHANGED * np.abs(known).max()):
+            return known
+        y[at] = held[at]
     return known

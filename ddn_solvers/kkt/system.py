@@ -19,7 +19,6 @@ x_j = v_j, so that samples with different active sets form one batch.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -50,7 +49,9 @@ from ddn_solvers.kkt.operator import (
     Sparse,
     factored_sparsely,
 )
+from ddn_solvers.kkt.packing import Packing, pick, put
 from ddn_solvers.lowering.pattern import Matrices
+from ddn_solvers.transforms import is_transformed
 
 _REFINEMENTS = 4
 _ROUNDING = 4e-15  # backward error |r| / (|b| + |K| |x|) at which a refined solution is taken
@@ -96,7 +97,7 @@ class System:
         self.active, self.fixed, self._kept = active, fixed, torch.cat([~fixed, active], dim=-1)
         self._any_fixed = transformed or bool(fixed.any())
         packable = isinstance(self._solver, (DenseLU, Schur)) and len(fixed) > 0
-        self._packing = _Packing.of(~fixed, active) if packable else None
+        self._packing = _packed(fixed, active) if packable else None
         K: Any = self._bordered().formed() if self._solver.formed else self._bordered()
         units = torch.where(self._kept, _units(self.hessian, self.jacobian), 1.0)
         scale, norm = equilibrate(K, self._pack(units))
@@ -138,23 +139,36 @@ class System:
         return Bordered.of(hessian, jacobian, kept, self._pack(diagonal))
 
     @cached_property
+    def _lone(self) -> torch.Tensor | None:
+        """The singular samples, by index; ``None`` under a transform, where nobody can tell."""
+        return None if is_transformed(self.singular) else self.singular.nonzero()[:, 0]
+
+    @cached_property
     def _degenerate(self) -> Degenerate | LargeDegenerate:
-        """What serves singular samples; dense, whatever the solver of the others, but for very large problems."""
-        pick = self.singular.unsqueeze(-1)
-        if isinstance(self.hessian, Sparse) and self.hessian.shape[1] > DENSE_LIMIT:
-            kept = torch.cat([torch.ones_like(self.fixed), self.active], dim=-1)
-            K = Bordered.of(self.hessian, self.jacobian, kept & pick)
-            return LargeDegenerate(K, self.fixed, self._proximal)
-        nothing = torch.zeros_like(self.fixed)
-        hessian = self.hessian.masked(~nothing & pick, ~nothing).dense()
-        jacobian = self.jacobian.masked(self.active & pick, ~nothing).dense()
-        active = self.active & pick
-        if self._corner is not None:  # rows with a corner entry are a part of the Hessian
-            soft = active & (self._corner != 0)
-            stiffness = torch.where(soft, -1 / torch.where(soft, self._corner, 1.0), 0.0)
-            hessian = hessian + jacobian.mT @ (stiffness.unsqueeze(-1) * jacobian)
+        """What serves singular samples, and them alone; dense, whatever the solver of the others, but for very large ones."""
+        active, fixed, corner, lone = self.active, self.fixed, self._corner, self._lone
+        hessian, jacobian, everywhere = self.hessian, self.jacobian, torch.ones_like(fixed)
+        if lone is None:
+            pick = self.singular.unsqueeze(-1)
+            active, fixed, hessian = (
+                active & pick,
+                fixed & pick,
+                hessian.masked(everywhere & pick, everywhere),
+            )
+        else:
+            active, fixed, everywhere = active[lone], fixed[lone], everywhere[lone]
+            hessian, jacobian = hessian.take(lone), jacobian.take(lone)
+            corner = None if corner is None else corner[lone]
+        if isinstance(hessian, Sparse) and hessian.shape[1] > DENSE_LIMIT:
+            K = Bordered.of(hessian, jacobian, torch.cat([everywhere, active], dim=-1))
+            return LargeDegenerate(K, fixed, self._proximal)
+        H, J = hessian.dense(), jacobian.masked(active, everywhere).dense()
+        if corner is not None:  # rows with a corner entry are a part of the Hessian
+            soft = active & (corner != 0)
+            stiffness = torch.where(soft, -1 / torch.where(soft, corner, 1.0), 0.0)
+            H = H + J.mT @ (stiffness.unsqueeze(-1) * J)
             active = active & ~soft
-        return Degenerate(hessian, jacobian, active, self.fixed & pick, self._proximal)
+        return Degenerate(H, J, active, fixed, self._proximal)
 
     def moved(self, hessian: torch.Tensor | Matrices, jacobian: torch.Tensor | Matrices) -> System:
         """The system of a nearby point with the same active set: this factorization, refined (regular only)."""
@@ -172,10 +186,14 @@ class System:
         step = self._regular(a, b, v)
         if not self._repair:
             return step
-        other, pick = self._degenerate.solve(a, b, v), self.singular.unsqueeze(-1)
-        return Step(
-            *(torch.where(pick, o, s) for o, s in zip(vars(other).values(), vars(step).values(), strict=True))
-        )
+        lone = self._lone
+        if lone is None:
+            other, pick = self._degenerate.solve(a, b, v), self.singular.unsqueeze(-1)
+            pairs = zip(vars(other).values(), vars(step).values(), strict=True)
+            return Step(*(torch.where(pick, o, s) for o, s in pairs))
+        other = self._degenerate.solve(a[lone], b[lone], v[lone])
+        pairs = zip(vars(other).values(), vars(step).values(), strict=True)
+        return Step(*(s.index_put((lone,), o) for o, s in pairs))
 
     def _regular(self, a: torch.Tensor, b: torch.Tensor, v: torch.Tensor) -> Step:
         n, solve = a.shape[-1], self._refined if self._solver.refine or self._moved else self._factored
@@ -245,64 +263,22 @@ class System:
         rows = torch.where(self.active, rows, t)
         return torch.cat([torch.where(self.fixed, x, top) if self._any_fixed else top, rows], dim=-1)
 
-    # -- samples without what they do not keep --------------------------------------------------------
-
     def _pack(self, values: torch.Tensor) -> torch.Tensor:
-        return values if self._packing is None else values.gather(-1, self._packing.all)
+        return values if self._packing is None else pick(values, self._packing.all)
 
     def _unpack(self, values: torch.Tensor, absent: float) -> torch.Tensor:
         if self._packing is None:
             return values
-        whole = values.new_full(self._kept.shape, absent)
-        return whole.scatter(-1, self._packing.all, values)
+        return put(values, self._packing.all, self._kept.shape[-1], absent)
 
 
-@dataclass(frozen=True)
-class _Packing:
-    """Free variables and active rows of each sample, followed by others up to the longest sample.
-
-    A batch whose samples have 20 of 50 inequalities active needs no matrix with 50 rows for them.
-    """
-
-    variables: torch.Tensor  # (B, n') indices
-    rows: torch.Tensor  # (B, m') indices
-    all: torch.Tensor  # (B, n' + m') indices into [variables; rows]
-
-    @staticmethod
-    def of(free: torch.Tensor, active: torch.Tensor) -> _Packing | None:
-        batch, n = free.shape
-        if batch * (n + active.shape[1]) ** 2 < _LARGE_BATCH:
-            return None
-        variables, rows = _first(free), _first(active)
-        if variables.shape[1] == n and rows.shape[1] == active.shape[1]:
-            return None
-        return _Packing(variables, rows, torch.cat([variables, rows + n], dim=1))
-
-    def hessian(self, matrix: torch.Tensor) -> torch.Tensor:
-        return _columns(_rows(matrix, self.variables), self.variables)
-
-    def border(self, matrix: torch.Tensor) -> torch.Tensor:
-        return _columns(_rows(matrix, self.rows), self.variables)
-
-
-def _first(mask: torch.Tensor) -> torch.Tensor:
-    """Indices that put what is set first, as many as the fullest sample has; all in order, where that is all."""
-    count = int(mask.sum(-1).amax()) if mask.numel() else 0
-    if count == mask.shape[1]:
-        return torch.arange(count).expand(mask.shape)
-    return torch.argsort(~mask, dim=-1, stable=True)[:, :count]
-
-
-def _rows(matrix: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    if index.shape[1] == matrix.shape[1]:
-        return matrix  # all of them, in order: see ``_first``
-    return matrix.gather(1, index.unsqueeze(2).expand(-1, -1, matrix.shape[2]))
-
-
-def _columns(matrix: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    if index.shape[1] == matrix.shape[2]:
-        return matrix
-    return matrix.gather(2, index.unsqueeze(1).expand(-1, matrix.shape[1], -1))
+def _packed(fixed: torch.Tensor, active: torch.Tensor) -> Packing | None:
+    """What to leave out of the matrices of a batch, where it pays."""
+    batch, n = fixed.shape
+    if batch * (n + active.shape[1]) ** 2 < _LARGE_BATCH:
+        return None
+    packing = Packing.of(~fixed, active)
+    return packing if packing.smaller else None
 
 
 def _solver(choice: Any, transformed: bool, hessian: Any, jacobian: Any) -> LinearSolver:
