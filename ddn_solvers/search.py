@@ -273,7 +273,7 @@ class Search:
             start = PrimalDual.resting(program, part.parameters, given[samples])
         else:
             start = _with_multipliers(program, part, warm)
-        polished = polish(program, part, start, self.policy.linear_solver, tentative=program.quadratic)
+        polished = polish(program, part, start, self.policy, tentative=program.quadratic)
         near = np.flatnonzero(polished.singular | (polished.predicted <= self.policy.accuracy))
         if not near.size:
             return

@@ -131,7 +131,9 @@ class Sparse(Operator):
         return Sparse(self.matrices.map(lambda values: np.where(inside, values, 0.0)))
 
     def take(self, samples: Any) -> Sparse:
-        return Sparse(self.matrices.take(np.asarray(samples)))  # NumPy takes a tensor of one index for a number
+        return Sparse(
+            self.matrices.take(np.asarray(samples))
+        )  # NumPy takes a tensor of one index for a number
 
     def largest(self) -> torch.Tensor:
         return torch.from_numpy(self.matrices.largest())

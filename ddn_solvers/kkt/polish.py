@@ -18,11 +18,13 @@ from ddn_solvers.active_set import ActiveSet, fixed_by_bounds, identify, kink_si
 from ddn_solvers.arrays import Array, Index, Mask
 from ddn_solvers.kkt.multipliers import without_cancellation
 from ddn_solvers.kkt.system import System
+from ddn_solvers.policy import Policy
 from ddn_solvers.program import Program
 from ddn_solvers.residuals import Bound, Evaluation, PrimalDual
 
 _MAX_STEPS = 8
 _CONVERGED = 1e-9  # relative step after which, the convergence being quadratic, another is rounding
+_QUADRATIC = 1e-3  # by which a step near the solution at least lowers the residual
 _ROUNDING = 1e-13  # relative size of a step that is not worth taking
 _EXACT = 1e-12  # at points with no scaled residual above this
 _SIGN = 1e-11  # scaled slack or multiplier that counts as negative
@@ -85,7 +87,7 @@ def kkt_system(evaluation: Evaluation, active: ActiveSet, **options: Any) -> Sys
 
 @np.errstate(all="ignore")  # a failed sample may hold anything; it is judged, not computed with
 def polish(
-    program: Program, bound: Bound, start: PrimalDual, linear_solver: Any = "auto", tentative: bool = False
+    program: Program, bound: Bound, start: PrimalDual, policy: Policy, tentative: bool = False
 ) -> Polished:
     """Polish a batch of points; a sample that Newton's method does not improve stays as it is.
 
@@ -95,67 +97,130 @@ def polish(
     """
     best = without_cancellation(Evaluation.at(program, bound, start))
     working = identify(best, 0.0)
-    best = _where_finite(best, settled(best, working))
-    batch = len(start.z)
-    predicted, condition = np.full(batch, np.inf), np.full(batch, np.inf)
-    singular = np.zeros(batch, dtype=bool)
-    open_ = _computable(best)
-    whole, of_whole, last = None, working, working
-    allowed, known, steps = np.full(batch, np.inf), None, np.zeros(batch, dtype=np.intp)
+    newton = _Newton(_where_finite(best, settled(best, working)), working, policy, tentative)
     for _ in range(_MAX_STEPS):
-        samples = np.flatnonzero(open_)
-        if not samples.size:
+        if not newton.open.any():
             break
-        active = working.take(samples)
-        before = best.take(samples)
-        here = settled(before, active)
-        defined = _computable(here)
-        if not defined.all():  # at the zero of a norm that holds nothing, or where a function overflows
-            open_[samples[~defined]] = False
-            continue
-        # All that the system of an LP or QP depends on.
-        content = (samples.tobytes(), active.sides.tobytes()) if program.quadratic else None
-        if content is None or content != known:
-            system, known = kkt_system(here, active, linear_solver=linear_solver), content
-        lost = system.singular.numpy() & tentative
-        if lost.any():
-            open_[samples[lost]], predicted[samples[lost]] = False, np.inf
-            continue
-        if len(samples) == batch:
-            whole, of_whole = system, active
-        last = replace(last, sides=_put(last.sides, samples, active.sides, np.ones(len(samples), dtype=bool)))
-        singular[samples], condition[samples] = system.singular.numpy(), system.condition.numpy()
-        there = program.quadratic & (before.scaled <= _EXACT) & singular[samples]
-        if there.any():  # no step of a singular system brings such a point on, and each costs singular values
-            predicted[samples[there]], open_[samples[there]] = 0.0, False
-            continue
-        step = _newton_step(here, active, system)
-        predicted[samples] = step.size
-        exact = step.rounding & (before.scaled <= _EXACT)
-        exact &= (steps[samples] > 0) | (not tentative)  # the first step of a guess is taken, however small
-        steps[samples] += 1
-        if exact.all():  # as active-set methods leave a QP
-            break
-        tried = _taken(here, active, step)
-        better = ~exact & (tried.scaled < before.scaled)
-        corrected = _corrected(active, tried, system.singular.numpy())
-        changed = (corrected.sides != active.sides).any(axis=1) & np.isfinite(tried.scaled) & ~exact
-        sides, weak = (
-            _put(getattr(working, name), samples, getattr(corrected, name), changed)
-            for name in ("sides", "weak")
+        newton.advance()
+    return newton.polished
+
+
+@dataclass(frozen=True)
+class _Factored:
+    """The system of some samples, and what it was made for."""
+
+    system: System
+    samples: Index
+    active: ActiveSet
+    pieces: Array
+
+    def serves(self, samples: Index, working: ActiveSet) -> bool:
+        """Whether all of ``samples`` are among its own, and the active sets of these are what they were."""
+        same = np.array_equal(working.sides[self.samples], self.active.sides)
+        return same and bool(np.isin(samples, self.samples).all())
+
+
+class _Newton:
+    """Newton's method for a batch: where its samples are, and what was found out about them on the way.
+
+    A factorization serves again while active sets stay what they are and its last step has shown that the matrix is nearly
+    that of the solution; that of an LP or QP is.
+
+    Attributes:
+        open: Samples that are still to be moved, (B,).
+    """
+
+    def __init__(self, best: Evaluation, working: ActiveSet, policy: Policy, tentative: bool) -> None:
+        batch = len(best.point.z)
+        self._policy, self._tentative = policy, tentative
+        self._best, self._working, self._last = best, working, working
+        self._predicted, self._condition, self._allowed = (np.full(batch, np.inf) for _ in range(3))
+        self._singular, self._near = np.zeros(batch, dtype=bool), np.zeros(batch, dtype=bool)
+        self._steps = np.zeros(batch, dtype=np.intp)
+        self._factored: _Factored | None = None
+        self._whole: _Factored | None = None
+        self.open = _computable(best)
+
+    @property
+    def polished(self) -> Polished:
+        """What there is to say of the batch as it is now."""
+        system, working = (
+            (None, self._working) if self._whole is None else (self._whole.system, self._whole.active)
         )
-        working = replace(working, sides=sides, weak=weak)
-        best = _put_evaluation(best, samples, tried, better)
-        open_[samples] = changed | (better & (predicted[samples] > _CONVERGED))
-        if tentative:
+        return Polished(
+            self._best,
+            self._predicted,
+            self._singular,
+            self._condition,
+            system,
+            working,
+            self._last,
+            self._steps,
+        )
+
+    def advance(self) -> None:
+        """Take a step with the samples that are open, and close those that need no other."""
+        quadratic, factored = self._best.program.quadratic, self._at_hand()
+        samples = np.flatnonzero(self.open) if factored is None else factored.samples
+        active, before, going = self._working.take(samples), self._best.take(samples), self.open[samples]
+        here = settled(before, active)
+        undefined = going & ~_computable(here)
+        if undefined.any():  # at the zero of a norm that holds nothing, or where a function overflows
+            self.open[samples[undefined]] = False
+            return
+        if factored is None or not np.array_equal(here.point.pieces, factored.pieces):
+            system = kkt_system(here, active, linear_solver=self._policy.linear_solver)
+            factored = _Factored(system, samples, active, here.point.pieces)
+        self._factored, system, singular = factored, factored.system, factored.system.singular.numpy()
+        lost = going & singular & self._tentative
+        if lost.any():
+            self._give_up(samples[lost])
+            return
+        if len(samples) == len(self.open):
+            self._whole = factored
+        self._last = replace(self._last, sides=_put(self._last.sides, samples, active.sides, going))
+        self._singular[samples], self._condition[samples] = singular, system.condition.numpy()
+        there = going & quadratic & (before.scaled <= _EXACT) & singular
+        if there.any():  # no step of a singular system brings such a point on, and each costs singular values
+            self._predicted[samples[there]], self.open[samples[there]] = 0.0, False
+            return
+        step = _newton_step(here, active, system)
+        self._predicted[samples[going]] = step.size[going]
+        exact = step.rounding & (before.scaled <= _EXACT)
+        exact &= (self._steps[samples] > 0) | (
+            not self._tentative
+        )  # the first step of a guess is taken, however small
+        self._steps[samples[going]] += 1
+        going = going & ~exact
+        self.open[samples] = going
+        if not going.any():  # as active-set methods leave a QP
+            return
+        tried = _taken(here, active, step)
+        better = going & (tried.scaled < before.scaled)
+        corrected = _corrected(active, tried, singular)
+        changed = going & (corrected.sides != active.sides).any(axis=1) & np.isfinite(tried.scaled)
+        self._working = replace(
+            self._working,
+            sides=_put(self._working.sides, samples, corrected.sides, changed),
+            weak=_put(self._working.weak, samples, corrected.weak, changed),
+        )
+        self._best = _put_evaluation(self._best, samples, tried, better)
+        self._near[samples] = quadratic | (better & (tried.scaled <= _QUADRATIC * before.scaled))
+        enough = min(_CONVERGED, self._policy.accuracy)
+        self.open[samples] = changed | (better & (self._predicted[samples] > enough))
+        if self._tentative:
             moving = (corrected.sides != active.sides).sum(axis=1)
-            lost = changed & (moving > np.maximum(allowed[samples], _FEW))
-            allowed[samples], open_[samples[lost]], predicted[samples[lost]] = (
-                _SETTLING * moving,
-                False,
-                np.inf,
-            )
-    return Polished(best, predicted, singular, condition, whole, of_whole, last, steps)
+            self._give_up(samples[changed & (moving > np.maximum(self._allowed[samples], _FEW))])
+            self._allowed[samples] = _SETTLING * moving
+
+    def _at_hand(self) -> _Factored | None:
+        """What the open samples can use once more."""
+        known, samples = self._factored, np.flatnonzero(self.open)
+        serves = known is not None and self._near[samples].all() and known.serves(samples, self._working)
+        return known if serves else None
+
+    def _give_up(self, samples: Index) -> None:
+        self.open[samples], self._predicted[samples] = False, np.inf
 
 
 def _computable(evaluation: Evaluation) -> Mask:

@@ -88,7 +88,7 @@ def verify(
     minimum: bool = True,
 ) -> Verified:
     """Polish and judge a batch of points; ``dtype`` and ``minimum`` as of ``judge``."""
-    return judge(polish(program, bound, start, policy.linear_solver), policy, dtype, minimum)
+    return judge(polish(program, bound, start, policy), policy, dtype, minimum)
 
 
 @np.errstate(all="ignore")  # a failed sample may hold anything; it is judged, not computed with
