@@ -313,7 +313,8 @@ class Evaluation:
         """Rows of c whose gradient is nothing beside what it is nearby, (B, m) bool.
 
         A sum of squares is one where all of them vanish: it holds without saying in which direction
-        (Gould et al. 2019, after observation 4.8). "Nearby" is a hundredth of the point's own size away.
+        (Gould et al. 2019, after observation 4.8). "Nearby" is a hundredth of the point's own size away, and of each
+        variable's.
         """
         return self.vanishing_in(np.ones(self.point.z.shape, dtype=bool))
 
@@ -332,9 +333,9 @@ class Evaluation:
             return None
         z = self.point.z
         size = np.maximum(np.sqrt((z**2).sum(axis=1, keepdims=True)), 1e-2)
-        return self.functions.first_order(
-            z + 1e-2 * size * unit_without_symmetry(z.shape[1]), self.inputs
-        ).jacobian
+        # Of each variable no more than its own: a position of 1e5 would take a direction beside it out of all bounds.
+        there = z + 1e-2 * np.minimum(size, self.own_size) * unit_without_symmetry(z.shape[1])
+        return self.functions.first_order(there, self.inputs).jacobian
 
     # -- unscaled ---------------------------------------------------------------------------------
 

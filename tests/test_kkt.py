@@ -8,7 +8,7 @@ import torch
 
 import ddn_solvers as ddn
 from ddn_solvers.arrays import without_symmetry
-from ddn_solvers.kkt.linear import SINGULAR, DenseLU, condition
+from ddn_solvers.kkt.linear import SINGULAR, DenseLU, condition, inverses
 from ddn_solvers.kkt.operator import Bordered, Dense
 from ddn_solvers.kkt.system import System
 
@@ -255,3 +255,30 @@ def test_a_singular_system_has_the_same_derivative_in_both_backward_passes(creat
     with pytest.warns(ddn.DegeneracyWarning):
         (gradient,) = torch.autograd.grad(solution["u"].sum(), x, create_graph=create_graph)
     torch.testing.assert_close(gradient, torch.tensor([1.0, 1.0, 0.0], dtype=D))
+
+
+def test_batches_of_large_matrices_with_several_threads() -> None:
+    """torch's batched LU with two threads gives pivots of zero from 160 rows on, and hangs at 150."""
+    n, m, batch = 180, 40, 3
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=D, generator=generator)
+
+    root, jacobian = randn(batch, n, n), randn(batch, m, n)
+    hessian = root + root.mT
+    everything, nothing = torch.ones(batch, m, dtype=torch.bool), torch.zeros(batch, n, dtype=torch.bool)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        system = System(hessian, jacobian, everything, nothing, linear_solver="dense")
+        a, b = randn(batch, n), randn(batch, m)
+        step = system.solve(a, b, torch.zeros(batch, n, dtype=D))
+        inverse = inverses(hessian)
+    finally:
+        torch.set_num_threads(threads)
+    left = (hessian @ step.x.unsqueeze(-1)).squeeze(-1) + (jacobian.mT @ step.t.unsqueeze(-1)).squeeze(-1) - a
+    assert left.abs().max() < 1e-9
+    torch.testing.assert_close(
+        inverse @ hessian, torch.eye(n, dtype=D).expand(batch, n, n), rtol=0, atol=1e-8
+    )

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from ddn_solvers.arrays import Array
-from ddn_solvers.kkt.linear import DEPENDENT, Step, least_squares
+from ddn_solvers.kkt.linear import DEPENDENT, Step, inverses, least_squares
 from ddn_solvers.kkt.operator import Bordered
 from ddn_solvers.kkt.packing import Packing, pick, put
 from ddn_solvers.transforms import is_transformed
@@ -76,7 +76,7 @@ class Degenerate:
         if transformed or bool(fixed.any()):
             asked = self._in_vain @ self._of_fixed
             stiffness = torch.diag_embed(largest.clamp(min=1.0).square().expand_as(norms))
-            self._yielding = asked, torch.linalg.inv(stiffness + asked @ asked.mT)
+            self._yielding = asked, inverses(stiffness + asked @ asked.mT)
         self._hessian = hessian
         reduced = self._projection @ packing.hessian(hessian) @ self._projection
         flat = _FLAT * hessian.detach().abs().amax((-2, -1))

@@ -22,6 +22,23 @@ _TERMS = 4  # parameters in one nonzero beyond which CasADi is as fast
 _OPERATIONS = (
     16  # of one nonzero beyond which there are more terms, or none; told before any derivative is taken
 )
+_ARITHMETIC = frozenset(
+    {
+        ca.OP_ASSIGN,
+        ca.OP_CONST,
+        ca.OP_INPUT,
+        ca.OP_OUTPUT,
+        ca.OP_PARAMETER,
+        ca.OP_ADD,
+        ca.OP_SUB,
+        ca.OP_NEG,
+        ca.OP_TWICE,
+        ca.OP_MUL,
+        ca.OP_DIV,
+        ca.OP_SQ,
+        ca.OP_INV,
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -69,11 +86,15 @@ def linear_map(nonzeros: ca.MX, parameters: Sequence[ca.MX], ones: Sequence[ca.M
     if count == 0 or count + sum(sizes) > _LARGEST:
         return None
     symbols = [ca.SX.sym(f"p{i}", size) for i, size in enumerate(sizes)]
+    most = sum(sizes) + _OPERATIONS * count
     try:
-        function = ca.Function("nonzeros", [*parameters, *ones], [nonzeros]).expand()
+        whole = ca.Function("nonzeros", [*parameters, *ones], [nonzeros])
+        if _operations(whole) > most:
+            return None
+        function = whole.expand()
     except RuntimeError:  # depends on more than the parameters, or has operations that are not of scalars
         return None
-    if function.n_instructions() > sum(sizes) + _OPERATIONS * count:
+    if function.n_instructions() > most or not _smooth(function):
         return None
     inputs = [*symbols, *[ca.SX(1)] * len(ones)]
     values, stacked = ca.densify(ca.SX(function.call(inputs)[0])), ca.vertcat(ca.SX(0, 1), *symbols)
@@ -98,3 +119,23 @@ def linear_map(nonzeros: ca.MX, parameters: Sequence[ca.MX], ones: Sequence[ca.M
         source = M.indices[entries].astype(np.intp)
         terms.append((source, None if (coefficients == 1).all() else coefficients))
     return LinearMap(constant.full().reshape(-1), blocks, tuple(terms))
+
+
+def _operations(function: ca.Function) -> int:
+    """About how many scalar operations an MX function has: to expand a product of matrices takes seconds for millions."""
+    total = 0
+    for k in range(function.n_instructions()):
+        if function.instruction_id(k) == ca.OP_OUTPUT:
+            continue
+        made = function.instruction_MX(k)
+        total += made.nnz()
+        if made.is_op(ca.OP_MTIMES):
+            left, right = made.dep(1), made.dep(2)
+            total += left.nnz() * right.nnz() // max(1, left.size2())
+    return total
+
+
+def _smooth(function: ca.Function) -> bool:
+    """Whether an SX function has arithmetic alone: the derivative of a step is zero wherever there is one."""
+    used = {function.instruction_id(k) for k in range(function.n_instructions())}
+    return used <= _ARITHMETIC
