@@ -17,9 +17,9 @@ from ddn_solvers.binding import check_finite
 from ddn_solvers.derived import scaled, with_extra
 from ddn_solvers.diagnosis import diagnose, nearest_feasible
 from ddn_solvers.errors import BackendCannotSolve
-from ddn_solvers.kkt.multipliers import least_squares_multipliers, with_kink_forces
+from ddn_solvers.kkt.multipliers import NEARLY_ON_KINK, least_squares_multipliers, with_kink_forces
 from ddn_solvers.kkt.polish import polish
-from ddn_solvers.kkt.verify import Verified, judge, verify
+from ddn_solvers.kkt.verify import Verified, judge, verify, verify_from
 from ddn_solvers.policy import Policy
 from ddn_solvers.program import Program
 from ddn_solvers.residuals import Bound, Evaluation, PrimalDual
@@ -315,8 +315,11 @@ class Search:
 
     def _verify(self, points: list[Point], bound: Bound, samples: Index) -> Verified:
         part = bound.take(samples)
-        start = _with_multipliers(self.program, part, points)
-        verified = verify(self.program, part, start, self.policy, self.dtype)
+
+        def start(some: Index, nearly: float) -> PrimalDual:
+            return _with_multipliers(self.program, part.take(some), [points[i] for i in some], nearly)
+
+        verified = verify_from(self.program, part, start, self.policy, self.dtype)
         if len(samples) == len(self.status):
             self.verified = verified
         return verified
@@ -399,7 +402,9 @@ def _verdict(point: Point, verified: Status, reason: str) -> tuple[Status, str]:
 
 
 @np.errstate(all="ignore")  # points of failed samples may be anything
-def _with_multipliers(program: Program, bound: Bound, points: list[Point]) -> PrimalDual:
+def _with_multipliers(
+    program: Program, bound: Bound, points: list[Point], nearly: float = NEARLY_ON_KINK[0]
+) -> PrimalDual:
     """The backend's multipliers where it gave them all, else those of least squares."""
     z = np.stack([point.primal for point in points]).astype(float)
     start = PrimalDual.resting(program, bound.parameters, z)
@@ -408,10 +413,10 @@ def _with_multipliers(program: Program, bound: Bound, points: list[Point]) -> Pr
     (equality, inequality, lower, upper), missing = _given_multipliers(program, points)
     start.y[:, : program.constraints] = np.concatenate([equality, inequality], axis=1)
     start = replace(start, lower=lower, upper=upper)
-    start = with_kink_forces(program, bound, start)
+    start = with_kink_forces(program, bound, start, nearly)
     if missing.any():
         without = np.flatnonzero(missing)
-        found = least_squares_multipliers(program, bound.take(without), z[without])
+        found = least_squares_multipliers(program, bound.take(without), z[without], nearly)
         for source, sample in enumerate(without):
             start.put(int(sample), found, source)
     return start

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddn_solvers.arrays import Array
+from ddn_solvers.arrays import Array, Index
 from ddn_solvers.assembly import assemble
 from ddn_solvers.binding import Binding, as_tensor, bind, check_finite, flat_batch, flat_point, initial_batch
 from ddn_solvers.certificate import Certificate, certify
@@ -26,7 +26,7 @@ from ddn_solvers.implicit import Operation, apply, check_derivative, to_differen
 from ddn_solvers.kkt.conditions import Cotangents
 from ddn_solvers.kkt.derivative import Linearisation
 from ddn_solvers.kkt.multipliers import least_squares_multipliers, with_kink_forces
-from ddn_solvers.kkt.verify import Verified, verify
+from ddn_solvers.kkt.verify import Verified, verify_from
 from ddn_solvers.layout import Layout
 from ddn_solvers.policy import Policy, as_policy
 from ddn_solvers.problem import Problem, as_problem
@@ -302,11 +302,14 @@ class _Found:
         samples = max((len(b) for b in blocks if b.ndim == 2), default=len(self.point))
         z = np.tile(self.point, (samples // max(len(self.point), 1), 1))
         bound = Bound.of(program, blocks, samples)
-        if self.dual is None:
-            start = least_squares_multipliers(program, bound, z)
-        else:
-            start = _with_dual(program, bound, z, self.dual)
-        verified = verify(program, bound, start, self.policy, self.dtype, minimum=False)
+        given = None if self.dual is None else _with_dual(program, bound, z, self.dual)
+
+        def start(some: Index, nearly: float) -> PrimalDual:
+            if given is None:
+                return least_squares_multipliers(program, bound.take(some), z[some], nearly)
+            return with_kink_forces(program, bound.take(some), given.take(some), nearly)
+
+        verified = verify_from(program, bound, start, self.policy, self.dtype, minimum=False)
         moved = np.abs(verified.evaluation.point.z - z).max(axis=1, initial=0.0)
         far = moved > _DISTANCE * self.policy.accuracy * np.maximum(1.0, np.abs(z).max(axis=1, initial=0.0))
         status, reasons = list(verified.status), list(verified.reasons)
@@ -348,7 +351,7 @@ def _with_dual(program: Program, bound: Bound, z: Array, dual: DualSolution) -> 
     point = PrimalDual.resting(program, bound.parameters, z)
     point.y[:, : program.constraints] = np.concatenate([equality, inequality], axis=1)
     sides = {"lower": flat(program.variables, dual.lower), "upper": flat(program.variables, dual.upper)}
-    return with_kink_forces(program, bound, replace(point, **sides))
+    return replace(point, **sides)
 
 
 def _report(found: _Found, policy: Policy) -> None:

@@ -1005,3 +1005,18 @@ def test_inputs_are_not_changed_and_outputs_do_not_alias():
     assert torch.equal(first, saved)
     first.zero_()
     assert torch.equal(x, kept)
+
+
+@pytest.mark.parametrize("accuracy", [1e-8, 1e-10, 1e-12])
+@pytest.mark.parametrize("solver", ["casadi:ipopt", "newton", "scipy:SLSQP"])
+def test_an_accuracy_beyond_the_solver_s_is_reached_by_the_polish(solver: str, accuracy: float) -> None:
+    """The last step of the polish counted as what is left to do, so that good points were refused."""
+    problem = ddn.Problem(
+        {"u": (10,)},
+        {"x": (10,)},
+        lambda u, x: (u - x).square().sum() + u.exp().sum(),
+        inequality=lambda u: u.square().sum() - 1,
+    )
+    x = torch.randn(4, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    solution = ddn.solve(problem, {"x": x}, solver=solver, policy=ddn.Policy(accuracy=accuracy))
+    assert solution.residuals.stationarity.max() < 1e-11

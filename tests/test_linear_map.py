@@ -1,5 +1,6 @@
 """Matrices that are affine in the parameters are gathered from them; they are those that CasADi evaluates."""
 
+import casadi as ca
 import numpy as np
 import pytest
 import torch
@@ -142,3 +143,49 @@ def test_large_dense_programs_are_multiplied_and_small_or_sparse_ones_are_not():
     assert not compile_program(ddn.quadratic_program(20, 5, 10))._multiplies
     chain = ddn.Problem({"u": (90_000,)}, {"x": (90_000,)}, lambda u, x: (u - x).square().sum())
     assert not compile_program(chain)._multiplies
+
+
+STEPS = {
+    "sign": lambda x: x.sign(),
+    "where": lambda x: torch.where(x > 0, 3.0, 1.0),
+    "comparison": lambda x: (x > 0.5) * 2.0,
+    "floor": lambda x: x.floor(),
+}
+
+
+@pytest.mark.parametrize("solver", ["auto", "casadi:ipopt", "scipy:SLSQP"])
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_in_a_parameter_is_no_affine_map(name, solver):
+    """Its derivative is zero: the matrix was taken at x = 0 for all x, by the solver and by the gradient."""
+    step = STEPS[name]
+    problem = ddn.Problem(
+        {"u": (2,)},
+        {"x": (2,)},
+        lambda u, x: 0.5 * ((4 + step(x)) * (u - x).square()).sum(),
+        lambda u, x: ((5 + step(x)) * u).sum() - 1,
+    )
+    for values in ([1.0, -1.0], [-2.3, 0.2], [1.7, 2.6]):
+        x = torch.tensor(values, dtype=D, requires_grad=True)
+        solution = ddn.solve(problem, {"x": x}, solver=solver)
+        h, a = 4 + step(x).to(D), 5 + step(x).to(D)
+        expected = x - (a / h) * (a @ x - 1) / (a.square() / h).sum()
+        torch.testing.assert_close(solution["u"], expected)
+        assert solution.certificate.ok
+        ours, theirs = (torch.autograd.grad(u[0], x, retain_graph=True)[0] for u in (solution["u"], expected))
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_product_of_matrices_is_not_written_out(monkeypatch):
+    """X^T X of 200 variables was eight million scalar operations and half a minute at the first call."""
+    expanded = []
+    original = ca.Function.expand
+    monkeypatch.setattr(ca.Function, "expand", lambda f, *more: expanded.append(f) or original(f, *more))
+    X = torch.randn(60, 60, generator=torch.Generator().manual_seed(0), dtype=D)
+    problem = ddn.Problem(
+        {"u": (60,)}, {"x": (60,)}, lambda u, x: (X @ u - x).square().sum() + u.square().sum()
+    )
+    solution = ddn.solve(problem, {"x": torch.ones(60, dtype=D)})
+    torch.testing.assert_close(
+        solution["u"], torch.linalg.solve(X.T @ X + torch.eye(60, dtype=D), X.T @ torch.ones(60, dtype=D))
+    )
+    assert not [f for f in expanded if f.name() == "nonzeros"]

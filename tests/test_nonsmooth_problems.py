@@ -459,3 +459,37 @@ def test_smooth_solvers_agree_with_cvxpy_from_any_start(solver):
         found = ddn.solve(LASSO, given, solver=solver, initial=rand(N, seed=50 + seed))
         close(found["u"], reference["u"])
         close(found.objective, reference.objective)
+
+
+@pytest.mark.parametrize("solver", ["auto", "casadi:ipopt", "cvxpy:CLARABEL"])
+@pytest.mark.parametrize("seed", range(3))
+def test_least_absolute_deviations_of_many_data(solver, seed):
+    """Some residuals of a hundred are within a thousandth of zero, and are not zero: those were taken for kinks."""
+    X, m, n = rand(100, 5, seed=seed), 100, 5
+    y = X @ rand(n, seed=10 + seed) + 0.3 * rand(m, seed=20 + seed)
+    problem = ddn.Problem({"w": (n,)}, {"y": (m,)}, lambda w, y: (X @ w - y).abs().sum())
+    given = y.clone().requires_grad_()
+    solution = ddn.solve(problem, {"y": given}, solver=solver)
+    residuals = (X @ solution["w"] - y).abs().detach()
+    fitted = residuals.argsort()[:n]  # a vertex: as many data are met as there are unknowns
+    assert residuals[fitted].max() < 1e-9 < residuals.sort().values[n]
+    close(solution["w"], torch.linalg.solve(X[fitted], y[fitted]))
+    w = cp.Variable(n)
+    close(
+        solution.objective,
+        number(cp.Problem(cp.Minimize(cp.norm1(X.numpy() @ w - y.numpy()))).solve(cp.CLARABEL)),
+        1e-7,
+    )
+    (gradient,) = torch.autograd.grad(solution["w"].sum(), given)
+    expected = torch.zeros(m, dtype=D)
+    expected[fitted] = torch.linalg.inv(X[fitted]).sum(0)
+    close(gradient, expected)
+    attached = ddn.attach(problem, {"y": y}, solution["w"].detach())
+    assert attached.certificate.ok
+
+
+@pytest.mark.parametrize("solver", ["auto", "casadi:ipopt", "scipy:highs"])
+def test_the_median_of_a_thousand(solver):
+    x = rand(1001, seed=3)
+    problem = ddn.Problem({"u": ()}, {"x": (1001,)}, lambda u, x: (u - x).abs().sum())
+    close(ddn.solve(problem, {"x": x}, solver=solver)["u"], x.median())

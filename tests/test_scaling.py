@@ -210,3 +210,70 @@ def test_points_that_overflow_are_failures_without_a_warning(
     )
     assert not solution.converged.any()
     assert not solution.certificate.ok  # nor does reading it raise: H is not finite there
+
+
+@pytest.mark.parametrize("origin", [0.0, 1e3, 1e4, 5e5])
+def test_the_origin_of_a_map_does_not_matter_to_a_heading(origin: float) -> None:
+    """A pose in map coordinates: to move all variables by a hundredth of |z| made the row of the heading look vanishing."""
+    landmarks = torch.tensor([[12.0, 3.0], [-4.0, 8.0], [6.0, -9.0]], dtype=D)
+    there = torch.tensor([origin, 10 * origin], dtype=D)
+
+    def misfit(t, d, z):
+        turned = torch.stack([torch.stack([d[0], -d[1]]), torch.stack([d[1], d[0]])])
+        return ((landmarks + there - t) @ turned - z).square().sum()
+
+    problem = ddn.Problem(
+        {"t": (2,), "d": (2,)}, {"z": (3, 2)}, misfit, {"unit": lambda d: d.square().sum() - 1}
+    )
+    z = landmarks @ torch.tensor([[0.8, -0.6], [0.6, 0.8]], dtype=D) + torch.tensor(
+        [[0.1, 0.0], [0.0, -0.1], [0.05, 0.1]], dtype=D
+    )
+    z.requires_grad_()
+    start = {"t": there + 1.0, "d": torch.tensor([1.0, 0.0], dtype=D)}
+    solution = ddn.solve(problem, {"z": z}, initial=start)
+    assert solution.certificate.ok
+    (gradient,) = torch.autograd.grad(solution["d"][1], z)
+    torch.testing.assert_close(
+        gradient[0], torch.tensor([-0.0071653175183, -0.0206615634058], dtype=D), rtol=1e-7, atol=0
+    )
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("unit", [1.0, 1e2, 1e3, 1e6])
+def test_a_pressure_in_pascal_beside_a_flow(unit: float, sign: float) -> None:
+    """q^2 = d, whatever the unit of p: the root was called no minimum, or a constant."""
+    problem = ddn.Problem(
+        {"p": (), "q": ()},
+        {"d": ()},
+        lambda p, q: 1e-12 * (unit * p - 5e6 - 1e5 * q).square() + 0.01 * sign * q,
+        {"flow": lambda q, d: q**2 - d},
+    )
+    d = torch.tensor(4.0, dtype=D, requires_grad=True)
+    start = {"p": torch.tensor(5e6 / unit, dtype=D), "q": torch.tensor(1.0, dtype=D)}
+    solution = ddn.solve(problem, {"d": d}, solver="casadi:ipopt", initial=start)
+    assert solution.certificate.ok
+    torch.testing.assert_close(solution["q"], torch.tensor(2.0, dtype=D))
+    torch.testing.assert_close(torch.autograd.grad(solution["q"], d)[0], torch.tensor(0.25, dtype=D))
+
+
+@pytest.mark.parametrize("decades", [2, 4, 6])
+def test_units_of_the_variables_of_a_nonlinear_problem(decades: int) -> None:
+    """u = v / d with exponentials and a sphere of v: the same gradient for every d."""
+    n = 6
+
+    def gradient(seed: int, spread: int):
+        g = torch.Generator().manual_seed(seed)
+        d = 10.0 ** (spread * (2 * torch.rand(n, generator=g, dtype=D) - 1))
+        c, x = torch.randn(n, generator=g, dtype=D), torch.randn(n, generator=g, dtype=D).requires_grad_()
+        problem = ddn.Problem(
+            {"u": (n,)},
+            {"x": (n,)},
+            lambda u, x: (d * u - x).square().sum() + (d * u * c).exp().sum(),
+            equality=lambda u: (d * u).square().sum() - 1,
+        )
+        solution = ddn.solve(problem, {"x": x}, initial=0.4 / d)
+        return (d * solution["u"]).detach(), torch.autograd.grad((d * solution["u"])[0], x)[0]
+
+    for seed in range(4):
+        for found, expected in zip(gradient(seed, decades), gradient(seed, 0), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)

@@ -14,7 +14,7 @@ problem with signs is solved.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -34,12 +34,16 @@ _ZERO = 1e-10  # relative difference of curvature, or multiplier, that counts as
 _CANCELLING = (
     1e6  # force of a multiplier relative to those of the objective that only dependent rows can hold
 )
-_NEARLY_ON_KINK = 1e-3  # and within which a point may lie on a kink
+# And within which a point may lie on a kink: in a large set of data some residuals are that small without being zero, so
+# that where the first is too far the second decides.
+NEARLY_ON_KINK: Final = (1e-3, 1e-6)
 
 
-def least_squares_multipliers(program: Program, bound: Bound, z: Array) -> PrimalDual:
-    """Multipliers of a batch of points, kinks included; those of constraints with slack get zero."""
-    evaluation = _on_kinks(program, bound, PrimalDual.resting(program, bound.parameters, z))
+def least_squares_multipliers(
+    program: Program, bound: Bound, z: Array, nearly: float = NEARLY_ON_KINK[0]
+) -> PrimalDual:
+    """Multipliers of a batch of points, those of kinks that are ``nearly`` reached included; with slack they are zero."""
+    evaluation = _on_kinks(program, bound, PrimalDual.resting(program, bound.parameters, z), nearly)
     near = evaluation.scaled_slack <= _NEARLY_ACTIVE
     near[:, kink_sides(evaluation)] = evaluation.point.pieces == 0
     return _fitted(evaluation, near, np.ones(program.equality.size, dtype=bool))
@@ -63,22 +67,24 @@ def without_cancellation(evaluation: Evaluation) -> Evaluation:
     return Evaluation.at(program, bound, point)
 
 
-def with_kink_forces(program: Program, bound: Bound, point: PrimalDual) -> PrimalDual:
+def with_kink_forces(
+    program: Program, bound: Bound, point: PrimalDual, nearly: float = NEARLY_ON_KINK[0]
+) -> PrimalDual:
     """A batch of points with the forces of the kinks on which they nearly lie, the other multipliers given."""
     if program.pieces is None:
         return point
-    evaluation = _on_kinks(program, bound, point)
+    evaluation = _on_kinks(program, bound, point, nearly)
     near = np.zeros(evaluation.slack.shape, dtype=bool)
     near[:, kink_sides(evaluation)] = evaluation.point.pieces == 0
     return _fitted(evaluation, near, np.zeros(program.equality.size, dtype=bool))
 
 
-def _on_kinks(program: Program, bound: Bound, point: PrimalDual) -> Evaluation:
-    """The point with sigma = 0 wherever it is near a kink."""
+def _on_kinks(program: Program, bound: Bound, point: PrimalDual, nearly: float) -> Evaluation:
+    """The point with sigma = 0 wherever it is ``nearly`` on a kink."""
     evaluation = Evaluation.at(program, bound, point)
     if program.pieces is None:
         return evaluation
-    near = evaluation.scaled_slack[:, kink_sides(evaluation)] <= _NEARLY_ON_KINK
+    near = evaluation.scaled_slack[:, kink_sides(evaluation)] <= nearly
     if not near.any():
         return evaluation
     pushed = point.y.copy()

@@ -8,6 +8,7 @@ to the zero of a norm, a step says little: forces that do not balance at all are
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,8 +18,8 @@ import torch
 from ddn_solvers.active_set import ActiveSet, identify, off_kinks, settled
 from ddn_solvers.arrays import Array, Index, Mask
 from ddn_solvers.kkt.curvature import curvature, surely_minimal, vanishing
-from ddn_solvers.kkt.multipliers import canonical_multipliers
-from ddn_solvers.kkt.polish import Polished, kkt_system, polish
+from ddn_solvers.kkt.multipliers import NEARLY_ON_KINK, canonical_multipliers
+from ddn_solvers.kkt.polish import Polished, kkt_system, polish, put, put_evaluation
 from ddn_solvers.kkt.system import System
 from ddn_solvers.pieces import Kink
 from ddn_solvers.policy import Policy
@@ -64,6 +65,26 @@ class Verified:
             tuple(self.reasons[i] for i in samples),
         )
 
+    def put(self, samples: Index, other: Verified, accept: Mask) -> Verified:
+        """With what was established about some samples once more, where that is to be accepted."""
+        if not accept.any():
+            return self
+        active = {
+            name: put(getattr(self.active, name), samples, getattr(other.active, name), accept)
+            for name in ("sides", "weak", "margin")
+        }
+        status, reasons = list(self.status), list(self.reasons)
+        for k in np.flatnonzero(accept):
+            status[samples[k]], reasons[samples[k]] = other.status[k], other.reasons[k]
+        return Verified(
+            put_evaluation(self.evaluation, samples, other.evaluation, accept),
+            replace(self.active, **active),
+            put(self.singular, samples, other.singular, accept),
+            put(self.condition, samples, other.condition, accept),
+            tuple(status),
+            tuple(reasons),
+        )
+
     @property
     def degenerate(self) -> bool:
         """Whether a sample that is solved has a singular KKT matrix."""
@@ -89,6 +110,34 @@ def verify(
 ) -> Verified:
     """Polish and judge a batch of points; ``dtype`` and ``minimum`` as of ``judge``."""
     return judge(polish(program, bound, start, policy), policy, dtype, minimum)
+
+
+def verify_from(
+    program: Program,
+    bound: Bound,
+    start: Callable[[Index, float], PrimalDual],
+    policy: Policy,
+    dtype: torch.dtype,
+    minimum: bool = True,
+) -> Verified:
+    """The same from points whose kinks have to be told from what is merely close to them.
+
+    Args:
+        start: The points of some samples, with multipliers, for how near to a kink counts as on it.
+    """
+    everything, (near, nearest) = np.arange(len(bound.lower)), NEARLY_ON_KINK
+    first = start(everything, near)
+    found = verify(program, bound, first, policy, dtype, minimum)
+    failed = np.flatnonzero(~found.optimal)
+    if program.pieces is None or not failed.size:
+        return found
+    second = start(failed, nearest)
+    other = (second.pieces != first.pieces[failed]).any(axis=1)
+    failed = failed[other]
+    if not failed.size:
+        return found
+    again = verify(program, bound.take(failed), second.take(other), policy, dtype, minimum)
+    return found.put(failed, again, again.optimal)
 
 
 @np.errstate(all="ignore")  # a failed sample may hold anything; it is judged, not computed with
