@@ -180,12 +180,13 @@ def test_a_product_of_matrices_is_not_written_out(monkeypatch):
     expanded = []
     original = ca.Function.expand
     monkeypatch.setattr(ca.Function, "expand", lambda f, *more: expanded.append(f) or original(f, *more))
-    X = torch.randn(60, 60, generator=torch.Generator().manual_seed(0), dtype=D)
+    n = 100
+    X = torch.randn(n, n, generator=torch.Generator().manual_seed(0), dtype=D)
     problem = ddn.Problem(
-        {"u": (60,)}, {"x": (60,)}, lambda u, x: (X @ u - x).square().sum() + u.square().sum()
+        {"u": (n,)}, {"x": (n,)}, lambda u, x: (X @ u - x).square().sum() + u.square().sum()
     )
-    solution = ddn.solve(problem, {"x": torch.ones(60, dtype=D)})
+    solution = ddn.solve(problem, {"x": torch.ones(n, dtype=D)})
     torch.testing.assert_close(
-        solution["u"], torch.linalg.solve(X.T @ X + torch.eye(60, dtype=D), X.T @ torch.ones(60, dtype=D))
+        solution["u"], torch.linalg.solve(X.T @ X + torch.eye(n, dtype=D), X.T @ torch.ones(n, dtype=D))
     )
     assert not [f for f in expanded if f.name() == "nonzeros"]

@@ -22,6 +22,7 @@ _TERMS = 4  # parameters in one nonzero beyond which CasADi is as fast
 _OPERATIONS = (
     16  # of one nonzero beyond which there are more terms, or none; told before any derivative is taken
 )
+_QUICK = 100_000  # operations that take no time worth a look
 _ARITHMETIC = frozenset(
     {
         ca.OP_ASSIGN,
@@ -89,7 +90,7 @@ def linear_map(nonzeros: ca.MX, parameters: Sequence[ca.MX], ones: Sequence[ca.M
     most = sum(sizes) + _OPERATIONS * count
     try:
         whole = ca.Function("nonzeros", [*parameters, *ones], [nonzeros])
-        if _operations(whole) > most:
+        if _operations(whole) > max(most, _QUICK):
             return None
         function = whole.expand()
     except RuntimeError:  # depends on more than the parameters, or has operations that are not of scalars
