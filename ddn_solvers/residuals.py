@@ -38,6 +38,7 @@ _CANCELLED = 1e3 * _EPSILON  # of the terms of a difference, what may be their r
 _SMALLEST = 1e-9  # size of the variables relative to 1 that may not be rounding
 _NOTHING = 1e-7  # relative size of the forces that meet in a row below which they are not told apart: with the accuracy, rounding
 _ROUNDING = 1e-13  # relative force that counts as none
+_BEYOND = 1e2  # force of a multiplier relative to those of the objective
 _NEAR_ZERO = 1e-3  # of the length of a vector relative to what it can become
 _VANISHING = 1e-2  # of the change of a row's gradient over a hundredth of the point's size
 
@@ -174,6 +175,22 @@ class Evaluation:
         rows = matrices.absolute.times(self.own_size) * self.own_size
         curved = rows > FLAT * _largest(rows)[:, None]
         return matrices if curved.all() else matrices.scaled(curved.astype(float), curved.astype(float))
+
+    @cached_property
+    def _bending(self) -> Matrices:
+        """|H|, by which forces are measured; of the objective alone where multipliers exceed by far what it exerts.
+
+        Close to where a row's gradient vanishes, as those of complementarity do, multipliers grow without limit and the
+        curvature that they make with them: beside that any force would look small.
+        """
+        H, y = self.H.absolute, self.point.y
+        if self.program.affine_constraints and self.program.pieces is None:
+            return H
+        beyond = _largest(y * self.reach) > _BEYOND * self._strength[:, 0]
+        if not beyond.any():
+            return H
+        alone = np.abs(self.functions.hessian(self.point.z, self.inputs, np.zeros_like(y)))
+        return H.map(lambda values: np.where(beyond[:, None], alone, values))
 
     @cached_property
     def _second(self) -> Matrices:
@@ -454,7 +471,7 @@ class Evaluation:
 
     def _force(self, bending: Array, size: Array) -> Array:
         """The largest change of the objective, by curvature where variables change by ``bending``, else by ``size``."""
-        curvature = self.H.absolute.scaled(bending, bending).largest()
+        curvature = self._bending.scaled(bending, bending).largest()
         kinks = _largest(self.kink_weights * self._kink_norms)
         slopes = np.maximum(_largest(self.first.gradient * size), kinks)
         if not self.program.numbers.all():
@@ -504,7 +521,7 @@ class Evaluation:
         """
         meeting = np.abs(self.first.gradient) + self.J.absolute.transposed_times(np.abs(self.point.y))
         felt = np.minimum(self.own_size, np.maximum(self.reference, self.length)[:, None])
-        bends = self.H.absolute
+        bends = self._bending
         curvature, rounding = bends.times(felt), _EPSILON * bends.times(np.abs(self.point.z))
         if not self.program.numbers.all():
             limited = np.minimum(curvature, self._strength / self.size)

@@ -743,6 +743,31 @@ def test_a_steep_direction_that_is_fixed_hides_no_curvature(steep: float) -> Non
     assert found.certificate.null_space[0].shape == (2, 0)
 
 
+@pytest.mark.parametrize("kind", ["inequality", "equality"])
+@pytest.mark.parametrize("solver", ["auto", "newton", "casadi:ipopt", "scipy:SLSQP"])
+def test_complementarity_as_a_constraint_has_no_false_solutions(solver: str, kind: str) -> None:
+    """0 <= u, 0 <= v, u v <= 0: next to v = 0 a multiplier of 1e13 balances any force on u."""
+    pairs: dict[str, Any] = {kind: {"one": lambda u, v: u * v}}
+    problem = ddn.Problem(
+        {"u": (3,), "v": (3,)},
+        {"x": (3,), "y": (3,)},
+        lambda u, v, x, y: (u - x).square().sum() + (v - y).square().sum(),
+        bounds={"u": (0.0, None), "v": (0.0, None)},
+        **pairs,
+    )
+    x, y = 2 * randn(10, 3, seed=1), 2 * randn(10, 3, seed=2)
+    found = ddn.solve(problem, {"x": x, "y": y}, solver=solver, policy=ddn.Policy(on_failure="mask"))
+    u, v = (
+        torch.stack([(found[name] - target.clamp(min=0)).abs(), found[name].abs()]).detach()
+        for name, target in (("u", x), ("v", y))
+    )
+    one = (torch.maximum(u[0], v[1]) < 1e-6) | (torch.maximum(u[1], v[0]) < 1e-6)
+    assert one.all(-1)[found.converged].all()
+    if solver == "auto":
+        assert found.converged.sum() >= 9
+        assert "casadi" in found.stats.backend
+
+
 # -- work that is done once, or not at all --------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ from ddn_solvers.active_set import ActiveSet, identify, off_kinks, settled
 from ddn_solvers.arrays import Array, Index, Mask
 from ddn_solvers.kkt.curvature import curvature, surely_minimal, vanishing
 from ddn_solvers.kkt.multipliers import NEARLY_ON_KINK, canonical_multipliers
-from ddn_solvers.kkt.polish import Polished, kkt_system, polish, put, put_evaluation
+from ddn_solvers.kkt.polish import Polished, bound_multipliers, kkt_system, polish, put, put_evaluation
 from ddn_solvers.kkt.system import System
 from ddn_solvers.pieces import Kink
 from ddn_solvers.policy import Policy
@@ -158,7 +158,11 @@ def judge(polished: Polished, policy: Policy, dtype: torch.dtype, minimum: bool 
     tolerance = np.where(np.isfinite(tolerance), tolerance, 0.0)
     evaluation, active, singular, condition = _established(evaluation, tolerance, polished, policy)
     kinks = _kinks(evaluation)
-    singular = singular | vanishing(evaluation, active).any(axis=1)
+    gone = vanishing(evaluation, active)
+    lost = np.flatnonzero(gone.any(axis=1))
+    if lost.size:
+        alone = _without_pull(evaluation.take(lost), active.take(lost), gone[lost])
+        stationarity[lost], singular[lost], decides[lost] = alone.scaled_stationarity, True, True
     reusable = not singular.any() and np.array_equal(polished.working.sides, active.sides)
     nearby = polished.system if reusable else None
     bent = np.zeros(batch, dtype=bool)
@@ -182,6 +186,21 @@ def judge(polished: Polished, policy: Policy, dtype: torch.dtype, minimum: bool 
         hint = _nearby(kinks[i], program.kinks)
         status[i], reasons[i] = _failure(bool(finite[i]), names, above, policy.accuracy, hint)
     return Verified(evaluation, active, singular, condition, tuple(status), tuple(reasons), nearby)
+
+
+def _without_pull(evaluation: Evaluation, active: ActiveSet, gone: Mask) -> Evaluation:
+    """The same points without what rows that hold nothing exert on free variables.
+
+    Where a gradient vanishes, a multiplier without limit balances anything. One that does not vanish in fixed variables
+    pushes those all the same.
+    """
+    pattern = evaluation.functions.jacobian_pattern
+    free = ~active.fixed[:, pattern.columns]
+    pull, point = gone[:, pattern.indices] & free, evaluation.point
+    point = replace(point, y=np.where(evaluation.vanishing & gone, 0.0, point.y))
+    first = replace(evaluation.first, jacobian=np.where(pull, 0.0, evaluation.first.jacobian))
+    alone = evaluation.at_known(point, first)
+    return alone.with_bounds_pushing(*(np.maximum(m, 0.0) for m in bound_multipliers(alone, active)))
 
 
 def _established(
