@@ -196,7 +196,7 @@ def certify(
         )
         bent = curvature(here, active)
     one_sided = active.weak.any(axis=1)
-    singular = system.singular.numpy()
+    singular = system.singular.numpy() | verified.singular
     n, m = active.n, active.equalities
     weak = np.concatenate([np.zeros_like(active.constraints[:, :m]), active.weak[:, : -2 * n]], axis=1)
     strongly, weakly, dependent = (

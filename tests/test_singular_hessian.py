@@ -425,3 +425,88 @@ def test_small_negative_curvature_is_not_taken_for_rounding(negative, scale):
     with pytest.raises(ddn.SolveError) as error:
         ddn.solve(INDEFINITE, p, solver="scipy:SLSQP", initial=p["x"])
     assert error.value.solution.status == (ddn.Status.NOT_A_MINIMUM,)
+
+
+# -- curvature that is chance, or that only weakly active rows hide -----------------------------------------------
+
+
+@pytest.mark.parametrize("solver", ["auto", "newton", "casadi:ipopt", "scipy:SLSQP"])
+@pytest.mark.parametrize("start", [1.0, -0.7, 0.3])
+def test_the_flat_minimum_of_a_quartic_has_no_derivative(solver, start):
+    """u = (p/4)^(1/3) at p = 0: what is left of the curvature where the solver stops said 1e12, and ok."""
+    problem = ddn.Problem({"u": ()}, {"p": ()}, lambda u, p: u**4 - p * u)
+    p = torch.tensor(0.0, dtype=D, requires_grad=True)
+    policy = ddn.Policy(on_failure="mask")
+    solution = ddn.solve(
+        problem, {"p": p}, solver=solver, initial=torch.tensor(start, dtype=D), policy=policy
+    )
+    assert not solution.certificate.ok
+    if solution.converged:
+        assert solution.certificate.singular
+        with pytest.warns(ddn.DegeneracyWarning):
+            torch.autograd.grad(solution["u"], p)
+
+
+@pytest.mark.parametrize("p", [1e-6, 1e-4, 1e-2, 1.0])
+def test_the_same_minimum_beside_the_flat_point_has_one(p):
+    problem = ddn.Problem({"u": ()}, {"p": ()}, lambda u, p: u**4 - p * u)
+    value = torch.tensor(p, dtype=D, requires_grad=True)
+    solution = ddn.solve(problem, {"p": value}, initial=torch.tensor(1.0, dtype=D))
+    assert solution.certificate.ok
+    expected = (value / 4) ** (1 / 3)
+    torch.testing.assert_close(solution["u"], expected)
+    ours, theirs = (torch.autograd.grad(u, value)[0] for u in (solution["u"], expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("solver", ["auto", "newton", "casadi:ipopt", "scipy:SLSQP"])
+def test_where_two_circles_touch_there_is_no_derivative(solver):
+    problem = ddn.Problem(
+        {"u": (2,)},
+        {"r": ()},
+        lambda u: u[1],
+        inequality=lambda u, r: torch.stack([u.square().sum() - r**2, (u[0] - 2) ** 2 + u[1] ** 2 - 1]),
+    )
+    solution = ddn.solve(problem, {"r": torch.tensor(1.0, dtype=D)}, solver=solver)
+    assert not solution.certificate.ok
+    assert solution.certificate.singular
+
+
+def hyperbolic(u, x):
+    return -x * u[0] * u[1]
+
+
+def concave(u, x):
+    return -x * u.square().sum()
+
+
+@pytest.mark.parametrize("objective", [hyperbolic, concave])
+@pytest.mark.parametrize("solver", ["auto", "daqp", "casadi:ipopt", "scipy:SLSQP"])
+def test_a_maximum_at_weakly_active_bounds_is_no_solution(solver, objective):
+    """At 0 all bounds are weakly active and leave no curvature; the way inside goes down."""
+    pytest.importorskip("daqp")
+    problem = ddn.Problem({"u": (2,)}, {"x": ()}, objective, bounds={"u": (0.0, 1.0)})
+    policy = ddn.Policy(on_failure="mask")
+    solution = ddn.solve(problem, {"x": torch.tensor(1.0, dtype=D)}, solver=solver, policy=policy)
+    assert solution.converged or solution.status == (ddn.Status.NOT_A_MINIMUM,)
+    if solution.converged or solver == "auto":
+        torch.testing.assert_close(solution["u"], torch.ones(2, dtype=D))
+
+
+def test_closed_directions_of_negative_curvature_leave_a_minimum():
+    """u v over u, v >= 0: the curvature is negative along (1, -1), which leads out both ways."""
+    problem = ddn.Problem({"u": (2,)}, {"x": ()}, lambda u, x: -hyperbolic(u, x), bounds={"u": (0.0, 1.0)})
+    found = ddn.attach(problem, {"x": torch.tensor(1.0, dtype=D)}, torch.zeros(2, dtype=D))
+    solution = ddn.solve(problem, {"x": torch.tensor(1.0, dtype=D)})
+    assert solution.converged
+    assert found.converged
+    assert abs(solution.objective) < 1e-12
+
+
+def test_an_unbounded_problem_is_not_solved_at_a_weakly_active_bound():
+    problem = ddn.Problem(
+        {"u": (2,)}, {"x": ()}, lambda u, x: -x * u.square().sum() - (u**4).sum(), bounds={"u": (0.0, None)}
+    )
+    with pytest.raises(ddn.SolveError) as refused:
+        ddn.solve(problem, {"x": torch.tensor(1.0, dtype=D)})
+    assert refused.value.solution.status == (ddn.Status.UNBOUNDED,)

@@ -17,7 +17,7 @@ eigenvalue far from zero, and on the reduced Hessian's inverse, a block of K^-1,
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -121,6 +121,41 @@ def curvature(evaluation: Evaluation, active: ActiveSet) -> Curvature:
     whole = np.zeros((*null.shape[:2], n))
     np.put_along_axis(whole, packing.variables.numpy()[:, None], null, axis=2)
     return Curvature(rank, count, np.where(rank == n, np.inf, smallest), whole, size, unit)
+
+
+def descends(evaluation: Evaluation, active: ActiveSet) -> Mask:
+    """Samples with a direction of negative curvature that weakly active inequalities and bounds leave open, (B,).
+
+    Such a point is no minimum, whatever the curvature on all active rows; where every such direction is closed one way and
+    the other it may be one, as that of u v over u, v >= 0 is. Of large sparse problems it is not asked.
+    """
+    found, program = np.zeros(len(active.sides), dtype=bool), evaluation.program
+    q = program.inequality.size
+    weak = active.weak.copy()
+    weak[:, q : -2 * active.n] = False  # kinks push both ways
+    some = np.flatnonzero(weak.any(axis=1))
+    if not some.size:
+        return found
+    here, weak = evaluation.take(some), weak[some]
+    strong = replace(active.take(some), sides=active.sides[some] & ~weak)
+    if surely_minimal(here, strong):
+        return found
+    bent = curvature(here, strong)
+    if bent.null is None:
+        return found
+    J, n = here.jacobian[:, program.equality.size :][:, :q], active.n
+    for k in np.flatnonzero(bent.negative):
+        null, size = bent.null[k], bent.size[k]
+        basis = null[(null != 0).any(axis=1)] * size  # (n - rank, n)
+        values, vectors = np.linalg.eigh(basis @ here.hessian[k] @ basis.T / bent.unit[k])
+        directions = vectors[:, values < -_CLEARLY].T @ basis
+        limits = np.concatenate(
+            [J[k][weak[k, :q]], -np.eye(n)[weak[k, -2 * n : -n]], np.eye(n)[weak[k, -n:]]]
+        )
+        limits = limits / np.maximum(np.linalg.norm(limits * size, axis=1, keepdims=True), 1e-300)
+        along = limits @ directions.T  # <= 0 where open
+        found[some[k]] = ((along <= _CLEARLY).all(axis=0) | (along >= -_CLEARLY).all(axis=0)).any()
+    return found
 
 
 def surely_minimal(evaluation: Evaluation, active: ActiveSet) -> bool:

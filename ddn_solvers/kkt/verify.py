@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from ddn_solvers.active_set import ActiveSet, identify, off_kinks, settled
-from ddn_solvers.arrays import Array, Index, Mask
-from ddn_solvers.kkt.curvature import curvature, surely_minimal, vanishing
+from ddn_solvers.arrays import Array, Index, Mask, without_symmetry
+from ddn_solvers.kkt.curvature import curvature, descends, surely_minimal, vanishing
 from ddn_solvers.kkt.multipliers import NEARLY_ON_KINK, canonical_multipliers
 from ddn_solvers.kkt.polish import Polished, bound_multipliers, kkt_system, polish, put, put_evaluation
 from ddn_solvers.kkt.system import System
@@ -29,6 +29,9 @@ from ddn_solvers.solution import Status
 
 _ON_KINK = 1e-8  # |residual| / max(1, |z|) that counts as sitting on a kink, once polished
 _UNBALANCED = 1e-2  # scaled stationarity that no small step excuses
+_FAINT = 1e-4  # curvature relative to the forces, or reciprocal of the condition, from which on it may be that of chance
+_FEW = 8  # variables
+_OTHER = 0.5  # relative change of the inverse over the accuracy that makes it so
 _NEAR_KINK = 1e-2  # and as possibly the reason why a point is not stationary
 
 
@@ -163,6 +166,7 @@ def judge(polished: Polished, policy: Policy, dtype: torch.dtype, minimum: bool 
     if lost.size:
         alone = _without_pull(evaluation.take(lost), active.take(lost), gone[lost])
         stationarity[lost], singular[lost], decides[lost] = alone.scaled_stationarity, True, True
+    singular |= _unsettled(evaluation, active, singular, condition, policy)
     reusable = not singular.any() and np.array_equal(polished.working.sides, active.sides)
     nearby = polished.system if reusable else None
     bent = np.zeros(batch, dtype=bool)
@@ -170,6 +174,9 @@ def judge(polished: Polished, policy: Policy, dtype: torch.dtype, minimum: bool 
     if minimum and program.may_be_nonconvex and not factored and not surely_minimal(evaluation, active):
         finite = np.flatnonzero(np.isfinite(evaluation.scaled))
         bent[finite] = curvature(evaluation.take(finite).tame(), active.take(finite)).negative
+    if minimum and program.may_be_nonconvex:
+        finite = np.flatnonzero(np.isfinite(evaluation.scaled) & ~bent)
+        bent[finite] = descends(evaluation.take(finite).tame(), active.take(finite))
     numbers = {
         "feasibility": feasibility,
         "complementarity": complementarity,
@@ -186,6 +193,48 @@ def judge(polished: Polished, policy: Policy, dtype: torch.dtype, minimum: bool 
         hint = _nearby(kinks[i], program.kinks)
         status[i], reasons[i] = _failure(bool(finite[i]), names, above, policy.accuracy, hint)
     return Verified(evaluation, active, singular, condition, tuple(status), tuple(reasons), nearby)
+
+
+def _unsettled(
+    evaluation: Evaluation, active: ActiveSet, singular: Mask, condition: Array, policy: Policy
+) -> Mask:
+    """Regular samples whose KKT matrix is another at points as good as these: what its inverse says is then chance.
+
+    So it is at the minimum of u^4, or where two circles touch. K^-1 (K' - K) is estimated along the direction that K^-1
+    enlarges most, K' being the matrix a distance ``accuracy`` away; only where the curvature of some variable, or K as a
+    whole, gives reason to.
+    """
+    found = np.zeros(len(singular), dtype=bool)
+    if evaluation.program.quadratic:
+        return found
+    curved = evaluation.H.absolute.times(evaluation.own_size) * evaluation.own_size
+    curved = np.where(active.fixed | (curved == 0), np.inf, curved)
+    flat = curved.min(axis=1, initial=np.inf) < _FAINT * evaluation.force[:, 0]
+    flat |= active.n <= _FEW  # all of them may be flat at once, with nothing to compare them with
+    doubtful = np.flatnonzero((flat | (condition > 1 / _FAINT)) & ~singular & np.isfinite(evaluation.scaled))
+    if not doubtful.size:
+        return found
+    here, there_active = evaluation.take(doubtful), active.take(doubtful)
+    sign = np.sign(without_symmetry(active.n))
+    moved = replace(here.point, z=here.point.z + policy.accuracy * here.own_size * sign)
+    there = here.at_known(moved, Evaluation.at(here.program, here.bound, moved).first)
+    system = kkt_system(here, there_active, linear_solver=policy.linear_solver)
+    n, force, reach = active.n, here.force, here.reach
+    v, vector = np.zeros_like(here.size), without_symmetry(n + reach.shape[1])
+    x, t = _solved(system, vector[:n] * force / here.size, vector[n:] * reach, v)
+    a = there.H.times(x) - here.H.times(x) + there.J.transposed_times(t) - here.J.transposed_times(t)
+    change = _solved(system, a, there.J.times(x) - here.J.times(x), v)
+    before, after = (
+        np.abs(np.concatenate([x / here.size, t * reach / force], axis=1)).max(axis=1)
+        for x, t in ((x, t), change)
+    )
+    found[doubtful] = after > _OTHER * before
+    return found
+
+
+def _solved(system: System, a: Array, b: Array, v: Array) -> tuple[Array, Array]:
+    step = system.solve(*(torch.from_numpy(np.ascontiguousarray(part)) for part in (a, b, v)))
+    return step.x.numpy(), step.t.numpy()
 
 
 def _without_pull(evaluation: Evaluation, active: ActiveSet, gone: Mask) -> Evaluation:
