@@ -148,7 +148,9 @@ def settled(evaluation: Evaluation, active: ActiveSet) -> Evaluation:
     bends = active.weak[:, kinks] & ~on
     side = np.where(bends, 1.0, side)  # whatever side rounding has put the point on
     stays = (sigma != 0) & ~evaluation.idle_kinks & ~bends
-    pieces = np.where(on & ~weak, 0.0, np.where(stays, sigma, side))
+    # Nothing is smooth at the zero of a vector's norm but for its piece 0: that does where nothing depends on it.
+    at_zero = evaluation.idle_kinks & ~program.numbers & (slack <= _NO_SLACK)
+    pieces = np.where((on & ~weak) | at_zero, 0.0, np.where(stays, sigma, side))
     if np.array_equal(pieces, sigma):
         return evaluation
     return _on_pieces(evaluation, pieces, on)

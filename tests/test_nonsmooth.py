@@ -981,17 +981,8 @@ def dependent(name):
     return problem, (above - below).T / 2e-5
 
 
-NESTED = pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="weights of nested kinks depend on the forces chosen; one_sided says so",
-)
-
-
 @pytest.mark.parametrize("solver", CONVEX)
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=NESTED) if n == "Linf norm at zero" else n for n in DEPENDENT]
-)
+@pytest.mark.parametrize("name", DEPENDENT)
 def test_dependent_kinks_leave_the_derivative_unique(name, solver):
     problem, differences = dependent(name)
     x = DEPENDENT[name][1].clone().requires_grad_()

@@ -493,3 +493,54 @@ def test_the_median_of_a_thousand(solver):
     x = rand(1001, seed=3)
     problem = ddn.Problem({"u": ()}, {"x": (1001,)}, lambda u, x: (u - x).abs().sum())
     close(ddn.solve(problem, {"x": x}, solver=solver)["u"], x.median())
+
+
+NORMS = {
+    "norm": lambda u: u.norm() - 1,
+    "root": lambda u: u.square().sum().sqrt() - 1,
+    "largest": lambda u: u.abs().max() - 1,
+    "sum": lambda u: u.abs().sum() - 1,
+    "positive part": lambda u: u.relu().norm() - 1,
+}
+
+
+@pytest.mark.parametrize("solver", ["auto", "newton", *SOLVERS])
+@pytest.mark.parametrize("name", NORMS)
+def test_inside_of_a_ball_its_kink_holds_nothing(name, solver):
+    """|u| <= 1 with slack: a multiplier that a backend left there held u at 0, where |u| has no gradient to show it."""
+    problem = ddn.Problem(
+        {"u": (3,)}, {"x": (3,)}, lambda u, x: 0.5 * (u - x).square().sum(), inequality=NORMS[name]
+    )
+    for size in (1e-2, 1e-3, 1e-4, 0.0):
+        x = (size * rand(4, 3, seed=5)).requires_grad_()
+        solution = ddn.solve(problem, {"x": x}, solver=solver)
+        close(solution["u"], x)
+        assert solution.residuals.complementarity.max() < 1e-9
+        (gradient,) = torch.autograd.grad(solution["u"].sum(), x)
+        close(gradient, torch.ones(4, 3, dtype=D), 1e-6)
+
+
+@pytest.mark.parametrize(
+    "norm", [lambda u: (-u).relu().norm(), lambda u: (u - u.clamp(-1, 1)).norm()], ids=["relu", "clamp"]
+)
+@pytest.mark.parametrize("solver", ["auto", "casadi:ipopt", "scipy:SLSQP"])
+def test_a_norm_that_is_zero_in_a_region_is_flat_there(solver, norm):
+    """Its gradient is 0 / 0 by the formula: NaN came back at a solved sample."""
+    problem = ddn.Problem({"u": (2,)}, {"x": (2,)}, lambda u, x: 0.5 * (u - x).square().sum() + 0.5 * norm(u))
+    x = torch.tensor([0.5, 0.7], dtype=D, requires_grad=True)
+    solution = ddn.solve(problem, {"x": x}, solver=solver)
+    close(solution["u"], x)
+    close(torch.autograd.grad(solution["u"].sum(), x)[0], torch.ones(2, dtype=D))
+    assert solution.certificate.ok
+
+
+def test_a_ball_without_a_radius_keeps_its_multiplier():
+    """|u| <= r at r = 0: the multiplier of least norm was zero, as the row has no gradient, and its kink held nothing."""
+    problem = ddn.Problem(
+        {"u": (2,)}, {"r": ()}, lambda u: 0.5 * (u - 1).square().sum(), inequality=lambda u, r: u.norm() - r
+    )
+    solution = ddn.solve(problem, {"r": number(0.0)})
+    close(solution["u"], torch.zeros(2, dtype=D))
+    assert solution.residuals.stationarity < 1e-9
+    assert solution.dual.inequality["inequality0"] > 2**0.5 - 1e-6
+    assert not solution.certificate.ok

@@ -95,7 +95,7 @@ def polish(
         tentative: The points are guesses: give up those whose KKT matrix is singular, or whose active set does
             not settle soon.
     """
-    best = without_cancellation(Evaluation.at(program, bound, start))
+    best = _without_slack_forces(without_cancellation(Evaluation.at(program, bound, start)))
     working = identify(best, 0.0)
     newton = _Newton(_where_finite(best, settled(best, working)), working, policy, tentative)
     for _ in range(_MAX_STEPS):
@@ -103,6 +103,21 @@ def polish(
             break
         newton.advance()
     return newton.polished
+
+
+def _without_slack_forces(evaluation: Evaluation) -> Evaluation:
+    """The points without multipliers of inequalities that have slack, which would pull at kinks in these.
+
+    At u = 0, where |u| <= 1 has no gradient, such a multiplier would hold u and be seen nowhere.
+    """
+    program, point = evaluation.program, evaluation.point
+    if program.pieces is None:
+        return evaluation
+    idle = ~identify(evaluation, 0.0).constraints & (point.y != 0)
+    idle[:, program.constraints :] = False
+    if not idle.any():
+        return evaluation
+    return Evaluation.at(program, evaluation.bound, replace(point, y=np.where(idle, 0.0, point.y)))
 
 
 @dataclass(frozen=True)

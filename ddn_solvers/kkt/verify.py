@@ -276,6 +276,14 @@ def _established(
         for k, i in enumerate(degenerate):
             point.put(int(i), chosen, k)
         here = Evaluation.at(there.program, there.bound, point)
+        # Of nested kinks one's multiplier is another's weight, which the choice has not looked at.
+        worse = np.flatnonzero(
+            (here.scaled_complementarity > policy.accuracy) & (there.scaled <= policy.accuracy)
+        )
+        if worse.size:
+            for i in worse:
+                point.put(int(i), there.point, int(i))
+            here = Evaluation.at(there.program, there.bound, point)
         active = identify(here, tolerance)
         there = settled(here, active)
     return there, active, singular, condition
