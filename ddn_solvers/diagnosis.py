@@ -2,7 +2,7 @@
 
 Infeasible: the smallest violation of the constraints within the bounds is positive. Where they are affine, that of the
 largest one, a linear program, proves it, and its multipliers say which rows contradict each other; elsewhere it is that
-of their squares, min |(h, max(g, 0))|^2, and holds locally. Unbounded: a feasible ray along which the objective keeps
+of their squares, min |(h, max(g, 0))|^2, from the last point and from one far off, and holds locally. Unbounded: a feasible ray along which the objective keeps
 falling, without end in sight.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ddn_solvers.arrays import Array, Mask
+from ddn_solvers.arrays import Array, Mask, without_symmetry
 from ddn_solvers.program import Program
 from ddn_solvers.residuals import Bound, Evaluation, PrimalDual
 from ddn_solvers.solution import Status
@@ -21,6 +21,8 @@ _TIGHT = 1e-10  # tolerance of HiGHS
 # Entries of a row of norm one below which HiGHS may leave them out, and solve another problem.
 _DROPPED = 1e-8
 _BLAMELESS = 1e-6  # multiplier, of those that sum to one, that is rounding
+_FAR = 2.0  # from a point of smallest violation, relative to its size, to where the search for another begins
+_NEARBY = 1e-2  # relative to the size of each variable
 _FALL = 1e3  # the objective has to fall by this much, relative to its scale, to count as unbounded
 
 
@@ -35,9 +37,26 @@ def diagnose(program: Program, bound: Bound, z: Array, accuracy: float) -> tuple
         evaluation = _evaluate(program, bound, z)
         if not np.isfinite(evaluation.first.constraints).all():
             return None
-        if evaluation.scaled_feasibility[0] > accuracy:
-            return _infeasible(program, bound, *_least_violation(program, bound, z), accuracy)
-        return _unbounded(program, bound, z, evaluation)
+        if evaluation.scaled_feasibility[0] <= accuracy:
+            return _unbounded(program, bound, z, evaluation)
+        closest, blamed = _least_violation(program, bound, z)
+        if _feasible(program, bound, closest, accuracy):
+            return None
+        if not program.affine_constraints:  # it may be the least of those nearby alone, or the largest
+            far = closest + _FAR * max(1.0, np.abs(closest).max()) * without_symmetry(len(closest))
+            if _feasible(program, bound, nearest_feasible(program, bound, far), accuracy):
+                return None
+        return _infeasible(program, bound, closest, blamed)
+
+
+def _feasible(program: Program, bound: Bound, z: Array, accuracy: float) -> bool:
+    """Whether a point violates no constraint by more than is rounding beside how it changes there, or nearby."""
+    here = _evaluate(program, bound, z)
+    if here.scaled_feasibility[0] <= accuracy:
+        return True
+    there = _evaluate(program, bound, z + _NEARBY * here.own_size[0] * without_symmetry(len(z)))
+    reach = np.maximum(here.reach, there.reach)[0, : program.constraints]
+    return bool((np.abs(violation(program, bound, z)) <= accuracy * reach).all())
 
 
 def _evaluate(program: Program, bound: Bound, z: Array) -> Evaluation:
@@ -133,11 +152,7 @@ def violation(program: Program, bound: Bound, z: Array) -> Array:
     return c
 
 
-def _infeasible(
-    program: Program, bound: Bound, closest: Array, blamed: Mask, accuracy: float
-) -> tuple[Status, str] | None:
-    if not _evaluate(program, bound, closest).scaled_feasibility[0] > accuracy:
-        return None
+def _infeasible(program: Program, bound: Bound, closest: Array, blamed: Mask) -> tuple[Status, str]:
     residual = np.abs(violation(program, bound, closest))
     largest, equalities = residual.max(), program.equality.size
     rows = [

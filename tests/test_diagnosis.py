@@ -101,3 +101,53 @@ def test_a_row_with_a_small_entry_is_not_called_contradicted(slope: float) -> No
     bound = Bound.of(program, (np.ones(1),), 1)
     found = diagnose(program, bound, np.zeros(2), 1e-6)
     assert found is None or found[0] is not ddn.Status.INFEASIBLE
+
+
+FEASIBLE = {
+    "outside of a ball, from its middle": (
+        ddn.Problem(
+            {"u": (2,)},
+            {"p": (2,)},
+            lambda u, p: (u - p).square().sum(),
+            inequality={"out": lambda u: 1 - u.square().sum()},
+        ),
+        torch.zeros(2, dtype=torch.float64),
+        "casadi:ipopt",
+        None,
+    ),
+    "cubic row": (
+        ddn.Problem({"u": ()}, {"p": ()}, lambda u: -u, inequality={"c": lambda u, p: u**3 - p}),
+        torch.zeros((), dtype=torch.float64),
+        "casadi:sqpmethod",
+        -1.0,
+    ),
+    "triple root": (
+        ddn.Problem({"u": ()}, {"p": ()}, lambda u: (u - 2) ** 2, {"c": lambda u, p: (u - 1) ** 3 - p}),
+        torch.zeros((), dtype=torch.float64),
+        "casadi:ipopt",
+        2.0,
+    ),
+    "root on the other side": (
+        ddn.Problem({"u": ()}, {"p": ()}, lambda u: u**2, {"c": lambda u, p: u**3 - 3 * u + 20 + p}),
+        torch.zeros((), dtype=torch.float64),
+        "casadi:ipopt",
+        1.5,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FEASIBLE)
+def test_a_problem_with_feasible_points_is_not_called_infeasible(name: str) -> None:
+    """The violation was largest there, least nearby alone, or 1e-14 where its gradient vanishes."""
+    problem, p, solver, start = FEASIBLE[name]
+    initial = None if start is None else torch.tensor(start, dtype=torch.float64)
+    solution = ddn.solve(
+        problem, {"p": p}, solver=solver, initial=initial, policy=ddn.Policy(on_failure="mask")
+    )
+    assert solution.status[0] is not ddn.Status.INFEASIBLE
+
+
+def test_a_nonlinear_contradiction_is_infeasible() -> None:
+    problem = ddn.Problem({"u": ()}, {"p": ()}, lambda u: u**2, {"c": lambda u, p: u**2 + 1 + p})
+    with pytest.raises(ddn.SolveError, match="the smallest violation is 1, of c"):
+        ddn.solve(problem, {"p": torch.zeros((), dtype=torch.float64)})
