@@ -489,3 +489,20 @@ def test_forward_mode_of_a_large_sparse_problem_with_dependent_rows() -> None:
     y, dy = quietly(torch.func.jvp, ddn.DeclarativeLayer(problem), (x,), (torch.linspace(0, 1, n, dtype=D),))
     close(y, torch.full((n,), 0.5, dtype=D))
     close(dy, torch.full((n,), 0.5, dtype=D))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_dependent_rows_beside_a_weakly_active_one(seed: int) -> None:
+    """A weak row that the strong ones determine responds by rounding: a multiplier of 1e17 was put on it."""
+    problem = ddn.Problem(
+        {"u": (3,)},
+        {"q": (3,), "A": (4, 3), "b": (4,)},
+        lambda u, q: 0.5 * u.square().sum() + q @ u,
+        inequality={"c": lambda u, A, b: A @ u - b},
+    )
+    A = torch.stack([vector(1, 2, 0), vector(1, 2, 0), vector(1, -1, -2), vector(0, 1, 1)])
+    p = {"q": vector(-1, -2, 1), "A": A, "b": vector(0, 0, 2, 5)}
+    dp = {name: randn(*value.shape, seed=10 * seed + k) for k, (name, value) in enumerate(p.items())}
+    u, step = vector(0, 0, -1), 1e-7
+    moved = ddn.solve(problem, {name: p[name] + step * dp[name] for name in p})["u"]
+    close(tangent_of(problem, p, u, dp), (moved - u) / step, 1e-5)

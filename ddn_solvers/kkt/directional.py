@@ -167,10 +167,13 @@ def _complementary(matrix: Array, offset: Array, compliance: float, size: float)
     from scipy.optimize import nnls  # a quarter of a second to import, needed here only
 
     values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
-    kept = values > _ZERO * max(values.max(), compliance)
+    nothing = _ZERO * max(values.max(), compliance)
+    kept, responding = values > nothing, np.diag(matrix) > nothing
     root = np.sqrt(values[kept])[:, None] * vectors[:, kept].T  # matrix = root^T root
     target = -(vectors[:, kept].T @ offset) / np.sqrt(values[kept])
-    multipliers: Array = nnls(root, target)[0] if kept.any() else 0 * offset
+    multipliers: Array = 0 * offset
+    if responding.any():  # of a column that is rounding, any multiple would be taken
+        multipliers[responding] = nnls(root[:, responding], target)[0]
     held = root.T @ (root @ multipliers)
     slack = offset + held
     size = max(size, np.abs(held).max())
