@@ -174,7 +174,7 @@ def judge(polished: Polished, policy: Policy, dtype: torch.dtype, minimum: bool 
     if minimum and program.may_be_nonconvex and not factored and not surely_minimal(evaluation, active):
         finite = np.flatnonzero(np.isfinite(evaluation.scaled))
         bent[finite] = curvature(evaluation.take(finite).tame(), active.take(finite)).negative
-    if minimum and program.may_be_nonconvex:
+    if minimum and program.may_be_nonconvex and active.weak.any():
         finite = np.flatnonzero(np.isfinite(evaluation.scaled) & ~bent)
         bent[finite] = descends(evaluation.take(finite).tame(), active.take(finite))
     numbers = {
