@@ -190,3 +190,10 @@ def test_a_product_of_matrices_is_not_written_out(monkeypatch):
         solution["u"], torch.linalg.solve(X.T @ X + torch.eye(n, dtype=D), X.T @ torch.ones(n, dtype=D))
     )
     assert not [f for f in expanded if f.name() == "nonzeros"]
+
+
+def test_the_matrices_of_a_larger_qp_are_gathered():
+    """They are affine whatever their size: no count of what is merely moved may stand against it."""
+    program = compile_program(ddn.quadratic_program(60, 30, 60))
+    assert program._map("jacobian_map") is not None
+    assert program._map("hessian_map") is not None

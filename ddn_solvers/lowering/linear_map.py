@@ -22,7 +22,7 @@ _TERMS = 4  # parameters in one nonzero beyond which CasADi is as fast
 _OPERATIONS = (
     16  # of one nonzero beyond which there are more terms, or none; told before any derivative is taken
 )
-_QUICK = 100_000  # operations that take no time worth a look
+_QUICK = 100_000  # multiplications that take no time worth a look
 _ARITHMETIC = frozenset(
     {
         ca.OP_ASSIGN,
@@ -90,7 +90,7 @@ def linear_map(nonzeros: ca.MX, parameters: Sequence[ca.MX], ones: Sequence[ca.M
     most = sum(sizes) + _OPERATIONS * count
     try:
         whole = ca.Function("nonzeros", [*parameters, *ones], [nonzeros])
-        if _operations(whole) > max(most, _QUICK):
+        if _multiplications(whole) > max(most, _QUICK):
             return None
         function = whole.expand()
     except RuntimeError:  # depends on more than the parameters, or has operations that are not of scalars
@@ -122,16 +122,13 @@ def linear_map(nonzeros: ca.MX, parameters: Sequence[ca.MX], ones: Sequence[ca.M
     return LinearMap(constant.full().reshape(-1), blocks, tuple(terms))
 
 
-def _operations(function: ca.Function) -> int:
-    """About how many scalar operations an MX function has: to expand a product of matrices takes seconds for millions."""
+def _multiplications(function: ca.Function) -> int:
+    """In the matrix products of an MX function: to write one out takes seconds for millions of them."""
     total = 0
     for k in range(function.n_instructions()):
-        if function.instruction_id(k) == ca.OP_OUTPUT:
-            continue
-        made = function.instruction_MX(k)
-        total += made.nnz()
-        if made.is_op(ca.OP_MTIMES):
-            left, right = made.dep(1), made.dep(2)
+        if function.instruction_id(k) == ca.OP_MTIMES:
+            product = function.instruction_MX(k)
+            left, right = product.dep(1), product.dep(2)
             total += left.nnz() * right.nnz() // max(1, left.size2())
     return total
 
