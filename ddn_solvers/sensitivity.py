@@ -136,9 +136,10 @@ class Sensitivity:
             By declared parameter, in the shape in which it was given (summed over a batch it shares).
 
         Raises:
-            ProblemError: An unknown key or a wrong shape.
+            ProblemError: No dict, an unknown key or a wrong shape.
             SensitivityError: The policy refuses this derivative.
         """
+        _check_by_name("cotangents", cotangents)
         flat = {name: self._flat_cotangent(name, value) for name, value in cotangents.items()}
         gradients = self._linearisation().vjp(self._cotangents(flat), envelope=set(flat) <= {"objective"})
         result = {}
@@ -159,9 +160,10 @@ class Sensitivity:
             By variable, (*batch, *shape).
 
         Raises:
-            ProblemError: An unknown key or a wrong shape.
+            ProblemError: No dict, an unknown key or a wrong shape.
             SensitivityError: The policy refuses this derivative.
         """
+        _check_by_name("tangents", tangents)
         declared = self.program.problem.parameters
         unknown = [name for name in tangents if name not in declared]
         if unknown:
@@ -295,6 +297,7 @@ class _Found:
     verified: Any = None
     distance: Any = None
 
+    @np.errstate(all="ignore")  # the given point may be anything; it is judged, not computed with
     def examine(self, blocks: tuple[Array, ...]) -> Verified:
         """Verify and polish the point for these parameters."""
         program = self.program
@@ -368,6 +371,11 @@ def _report(found: _Found, policy: Policy) -> None:
         warn_caller(message, ConvergenceWarning)
     else:
         raise SensitivityError(message)
+
+
+def _check_by_name(what: str, given: Any) -> None:
+    if not isinstance(given, Mapping):
+        raise ProblemError(f"{what} are no dict", expected="a dict of tensors by name", got=repr(given))
 
 
 def _only(what: str, names: Mapping[str, Any]) -> str:

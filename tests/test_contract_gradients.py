@@ -831,6 +831,38 @@ def test_a_point_that_is_no_solution_is_refused(function):
             function(BALL, {"x": x, "r": r}, point)
 
 
+INFINITE_AT_ZERO = {
+    "entr": lambda u, c: (c * u - torch.special.entr(u)).sum(),
+    "xlogy": lambda u, c: (c * u + torch.xlogy(u, u)).sum(),
+    "log": lambda u, c: (c * u + u * u.log()).sum(),
+    "sqrt": lambda u, c: (c * u - u.sqrt()).sum(),
+    "reciprocal": lambda u, c: (c * u + 1 / u).sum(),
+}
+
+
+@pytest.mark.parametrize("bounds", [{}, {"u": (0.0, 1.0)}], ids=["free", "bounds"])
+@pytest.mark.parametrize("name", INFINITE_AT_ZERO)
+def test_a_point_where_a_slope_is_infinite_is_no_solution(name, bounds):
+    """f'(0+) = -inf holds no multiplier of u >= 0, at one entry or at all; without a word of NumPy's."""
+    problem = ddn.Problem({"u": (3,)}, {"c": ()}, INFINITE_AT_ZERO[name], bounds=bounds)
+    for point in (vector(0, 0, 0), vector(0, 0.1, 0.2)):
+        for function in (ddn.attach, ddn.sensitivity):
+            with pytest.raises(ddn.SensitivityError, match="not finite"):
+                function(problem, {"c": vector(1)[0]}, point)
+
+
+@pytest.mark.parametrize("solver", ["scipy:SLSQP", "scipy:L-BFGS-B", "casadi:ipopt", "auto"])
+def test_the_end_where_an_entropy_is_infinitely_steep_is_never_certified(solver):
+    """min c u + u log u over [0, 1] is at u = exp(-1 - c); a method that begins at zero, or steps there, may fail."""
+    problem = ddn.Problem({"u": ()}, {"c": ()}, INFINITE_AT_ZERO["entr"], bounds={"u": (0.0, 1.0)})
+    c = vector(1)[0].requires_grad_()
+    s = ddn.solve(problem, {"c": c}, solver, initial=vector(0.1)[0])
+    assert close(s["u"], torch.exp(-1 - c))
+    assert close(torch.autograd.grad(s["u"], c)[0], -torch.exp(-1 - c))
+    s = ddn.solve(problem, {"c": c}, solver, policy=ddn.Policy("mask"))  # from zero itself
+    assert close(s["u"], torch.exp(-1 - c)) or not s.certificate.ok
+
+
 def test_failed_given_points_follow_the_policy():
     x, r = torch.stack([vector(1, 2, -2)] * 2).requires_grad_(), vector(1.5)[0]
     point = torch.stack([ball(x[0], r), vector(5, 5, 5)]).detach()
@@ -891,6 +923,10 @@ WRONG_KEYS = {
     "cotangent": lambda s: s.vjp({"v": vector(1, 2, 3)}),
     "cotangent-multiplier": lambda s: s.vjp({"inequality.plane": vector(1)[0]}),
     "cotangent-shape": lambda s: s.vjp({"u": vector(1, 2)}),
+    "cotangent-no-dict": lambda s: s.vjp([1]),
+    "cotangent-tensor": lambda s: s.vjp(vector(1, 2, 3)),
+    "tangent-no-dict": lambda s: s.jvp([1]),
+    "tangent-none": lambda s: s.jvp(None),
     "tangent": lambda s: s.jvp({"y": vector(1, 2, 3)}),
     "tangent-shape": lambda s: s.jvp({"x": vector(1, 2)}),
     "jacobian-of": lambda s: s.jacobian(of="w", wrt="x"),

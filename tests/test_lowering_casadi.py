@@ -542,10 +542,40 @@ def test_derivative_at_a_kink_is_torchs_and_all_are_finite(name: str) -> None:
     assert np.isfinite(curvature).all()
 
 
-@pytest.mark.parametrize("function", [lambda x: torch.xlogy(x, x), torch.special.entr])
-def test_entropy_at_zero_is_finite(function: Callable[..., Any]) -> None:
-    for result in derivatives(function, torch.zeros(2, dtype=torch.float64)):
-        assert np.isfinite(result).all()
+ENTROPIES = {
+    "entr": (torch.special.entr, math.inf),
+    "xlogy": (lambda x: torch.xlogy(x, x), -math.inf),
+    "xlog1py": (lambda x: torch.special.xlog1py(x, x - 1), -math.inf),
+    "kl_div": (lambda x: F.kl_div(torch.zeros_like(x), x, reduction="none"), -math.inf),
+}
+
+
+@pytest.mark.parametrize("name", ENTROPIES)
+def test_entropies_are_zero_at_zero_and_infinitely_steep(name: str) -> None:
+    function, steep = ENTROPIES[name]
+    value, slope, _ = derivatives(function, torch.tensor([0.0, 0.3], dtype=torch.float64))
+    inside = reference(function, torch.tensor([0.3], dtype=torch.float64))
+    np.testing.assert_allclose(value[:, 0], [0.0, inside[0].item()], rtol=1e-15)
+    np.testing.assert_allclose(np.diagonal(slope), [steep, inside[1].item()], rtol=1e-15)
+    tiny = torch.tensor([1e-200], dtype=torch.float64)
+    if name != "xlog1py":
+        _, slope, curvature = derivatives(function, tiny)
+        np.testing.assert_allclose(slope.item(), math.copysign(1.0, steep) * (-1 - math.log(1e-200)))
+        np.testing.assert_allclose(curvature.item(), math.copysign(1e200, -steep))
+
+
+@pytest.mark.parametrize("at", [0.0, 0.5])
+def test_a_parameter_of_zero_leaves_nothing_of_a_logarithm(at: float) -> None:
+    """xlogy(p, u) with p = 0 is zero for every u, and so are its derivatives in u."""
+    result, (u, p) = lowered(lambda u, p: torch.xlogy(p, u).sum(), torch.ones(2), torch.ones(2), variables=1)
+    (f,) = result.outputs
+    points = torch.tensor([at, 0.5]), torch.tensor([0.0, 2.0])
+    value, slope, curvature = evaluate(
+        [f, ca.gradient(f, u), ca.hessian(f, u)[0]], [u, p], *(point.double() for point in points)
+    )
+    np.testing.assert_allclose(value, [[2 * math.log(0.5)]])
+    np.testing.assert_allclose(slope[:, 0], [0.0, 4.0])
+    np.testing.assert_allclose(curvature, np.diag([0.0, -8.0]))
 
 
 # function, point, operation, residuals there

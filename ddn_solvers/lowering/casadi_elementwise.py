@@ -192,15 +192,44 @@ def log_ndtr(x: Any) -> Any:
     return ca.if_else(tail, -t * t + ca.log(series / (2 * (1 + 2 * t))), body)
 
 
-@elementwise("xlogy", "special_xlogy")
-def xlogy(x: Any, y: Any) -> Any:
+@lowers("xlogy", "special_xlogy")
+def xlogy(call: Call, x: Any, y: Any) -> Any:
+    undefined, log = _guarded_log(*call.columns(x, y))
+    return _times_log(call, x, undefined, log)
+
+
+@lowers("special_xlog1py")
+def xlog1py(call: Call, x: Any, y: Any) -> Any:
+    a, b = call.columns(x, y)
+    undefined = ca.logic_and(a == 0, b <= -1)
+    return _times_log(call, x, undefined, ca.log1p(ca.if_else(undefined, 0, b)))
+
+
+@lowers("special_entr")
+def entr(call: Call, x: Any) -> Any:
+    (a,) = call.columns(x)
+    undefined, log = _guarded_log(a, a)
+    return ca.if_else(a < 0, -math.inf, -_times_log(call, x, undefined, log))
+
+
+def _guarded_log(x: Any, y: Any) -> tuple[Any, Any]:
+    """Where x log(y) is 0 times a logarithm that does not exist, and the logarithm, zero there."""
     undefined = ca.logic_and(x == 0, y <= 0)
-    return x * ca.log(ca.if_else(undefined, 1, y))
+    return undefined, ca.log(ca.if_else(undefined, 1, y))
 
 
-@elementwise("special_entr")
-def entr(x: Any) -> Any:
-    return ca.if_else(x < 0, -math.inf, -x * ca.log(ca.if_else(x > 0, x, 1)))
+def _times_log(call: Call, factor: Any, undefined: Any, log: Any) -> Any:
+    """``factor * log``, zero where undefined; its slope in a factor that varies is minus infinity there.
+
+    A factor that is a parameter and zero leaves nothing to differentiate: x log(y) is zero for every y.
+    """
+    (x,) = call.columns(factor)
+    product = x * log
+    if not isinstance(factor, Tensor) or not factor.varies:
+        return product
+    # The root is zero there as well, and is the one function of CasADi's that has an infinite slope where it has a
+    # value. Elsewhere it is that of 1, whose derivatives are finite, so that nothing remains of them times zero.
+    return product - undefined * ca.sqrt(ca.if_else(undefined, x, 1))
 
 
 # ---------------------------------------------------------------------------- kinks
