@@ -349,8 +349,7 @@ def _check_sound(module: fx.GraphModule, variables: int) -> None:
     on_inputs = dependent_nodes(module, 0)
     for node in module.graph.nodes:
         source = node.meta.get("source", "")
-        idle = operation_name(node) == "dropout" and node.args[-1] is False  # not in training mode
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and not idle:
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and not _draws_nothing(node):
             raise TraceError(
                 f"'{operation_name(node)}' at {source} draws random numbers, so the problem has no fixed "
                 "value. Draw them outside and pass them as a parameter."
@@ -362,6 +361,14 @@ def _check_sound(module: fx.GraphModule, variables: int) -> None:
             )
         if node.meta.get("detached") and node in on_inputs:
             raise Untraceable("'detach'", source)
+
+
+def _draws_nothing(node: fx.Node) -> bool:
+    """Whether an operation that can draw random numbers is told not to: out of training, or at a rate of zero."""
+    schema: Any = node.target._schema  # type: ignore[union-attr]  # what has tags is an OpOverload
+    given = {argument.name: argument.default_value for argument in schema.arguments}
+    given |= dict(zip(given, node.args, strict=False)) | node.kwargs
+    return any(given.get(name, True) in (False, 0.0) for name in ("train", "training", "dropout_p"))
 
 
 def operation_name(node: fx.Node) -> str:

@@ -32,6 +32,7 @@ X, U = randn(4), randn(3).abs()
 A, W, B = randn(4, 4), randn(3, 4), randn(3)
 ZEROS4, ONES4 = torch.zeros(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
 EYE4 = torch.eye(4, dtype=torch.float64)
+MASK = torch.tensor([[True, False, True, True], [False, True, False, False], [True, True, True, True]])
 
 
 def frozen(module: nn.Module) -> nn.Module:
@@ -207,6 +208,9 @@ CASES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "remainder": lambda x, u: torch.remainder(x, 0.7).sum(),
     "mse": lambda x, u: F.mse_loss(x, A[0]),
     "bce_with_logits": lambda x, u: F.binary_cross_entropy_with_logits(x, ONES4),
+    "bce_weighted": lambda x, u: F.binary_cross_entropy_with_logits(
+        torch.outer(u, x), A[:3].sigmoid(), W.exp(), pos_weight=A[0].exp(), reduction="none"
+    ),
     "sort": lambda x, u: x.sort().values[:2].sum(),
     "topk": lambda x, u: x.topk(2).values.sum(),
     "gather": lambda x, u: x.gather(0, torch.tensor([2, 1])).sum(),
@@ -219,6 +223,16 @@ CASES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 }
 MORE_CASES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "attention": lambda x, u: ATTENTION(*[torch.outer(u, x)[None]] * 3)[0].square().sum(),
+    "attention_whole": lambda x, u: F.scaled_dot_product_attention(*[torch.outer(u, x)[None]] * 3, scale=0.3),
+    "attention_causal": lambda x, u: F.scaled_dot_product_attention(
+        torch.outer(u, x), A, A[:, :2] * x[0], is_causal=True
+    ),
+    "attention_masked": lambda x, u: F.scaled_dot_product_attention(
+        torch.outer(u, x), A, torch.outer(x, u), MASK
+    ),
+    "attention_biased": lambda x, u: F.scaled_dot_product_attention(
+        torch.outer(u, x).expand(2, 3, 4), A, torch.outer(x, u), torch.outer(u, x)
+    ),
     "dropout_off": lambda x, u: F.dropout(x, 0.5, training=False) * x,
     "avg_pool": lambda x, u: F.avg_pool1d((x**2)[None, None], 2),
     "amax": lambda x, u: torch.outer(u, x).amax(0) + torch.outer(u, x).amin((0, 1)),
@@ -256,6 +270,7 @@ MORE_CASES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "l1_loss": lambda x, u: F.l1_loss(x, A[0]),
     "leaky_relu": lambda x, u: F.leaky_relu(x, 0.2) + F.celu(x, 0.7) + F.selu(x) + F.softplus(x, 2.0),
     "linalg_multi_dot": lambda x, u: torch.linalg.multi_dot([x, A, A, x]),
+    "logaddexp_masked": lambda x, u: torch.logaddexp(x, torch.tensor([-math.inf, 0.0, 0.0, 0.0])),
     "logcumsumexp_by_hand": lambda x, u: torch.stack([x[: i + 1].logsumexp(0) for i in range(4)]),
     "masked_fill": lambda x, u: x.masked_fill(torch.tensor([True, False, True, False]), 2.0) * x,
     "masked_fill_of_values": lambda x, u: x.square().masked_fill(x > 0, 1.0) + x,
@@ -318,6 +333,10 @@ REFUSED: dict[str, tuple[str, Callable[[torch.Tensor, torch.Tensor], torch.Tenso
     "item": ("item", lambda x, u: x * x[0].item()),
     "mask_of_values": ("index", lambda x, u: x[x > 0].sum()),
     "random": ("rand", lambda x, u: (x * torch.rand(4)).sum()),
+    "random_attention": (
+        "scaled_dot_product_attention",
+        lambda x, u: F.scaled_dot_product_attention(x[None], x[None], x[None], dropout_p=0.5),
+    ),
     "random_dropout": ("dropout", lambda x, u: F.dropout(x, 0.5)),
     "large_svdvals": ("linalg_svdvals", lambda x, u: torch.linalg.svdvals(x.repeat(13, 1))),
     "large_eigh": ("linalg_eigh", lambda x, u: torch.linalg.eigh(torch.eye(13) * x[0]).eigenvectors),
@@ -578,6 +597,67 @@ def test_a_parameter_of_zero_leaves_nothing_of_a_logarithm(at: float) -> None:
     np.testing.assert_allclose(curvature, np.diag([0.0, -8.0]))
 
 
+def softmax_attention(q: torch.Tensor) -> torch.Tensor:
+    return torch.softmax(q @ q.T / math.sqrt(q.shape[1]), 1) @ q
+
+
+def log_cosh_sum(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """log(e^x + e^y), where x and y are close."""
+    return (x + y) / 2 + torch.log(2 * torch.cosh((x - y) / 2))
+
+
+def sine_over_angle(x: torch.Tensor) -> torch.Tensor:
+    """sin(t) / t with t = pi x, by its series."""
+    squared = (math.pi * x).square()
+    return sum((-squared) ** k / float(math.factorial(2 * k + 1)) for k in range(12))
+
+
+TARGET = torch.tensor([1.0, 0.0, 0.3], dtype=torch.float64)
+# Smooth functions that torch computes in branches, at the points where those meet, beside a formula without any.
+SMOOTH_WHERE_BRANCHES_MEET = {
+    "logaddexp": (lambda x: torch.logaddexp(x[:2], x[1]), lambda x: log_cosh_sum(x[:2], x[1]), [0.4, 0.4]),
+    "logaddexp2": (
+        lambda x: torch.logaddexp2(x[0], x[1]),
+        lambda x: log_cosh_sum(*(x * math.log(2))) / math.log(2),
+        [-0.7, -0.7],
+    ),
+    "bce_with_logits": (
+        lambda x: F.binary_cross_entropy_with_logits(x, TARGET),
+        lambda x: (torch.log(2 * torch.cosh(x / 2)) + x / 2 - TARGET * x).mean(),
+        [0.0, 0.0, 0.0],
+    ),
+    "sinc": (torch.sinc, sine_over_angle, [0.0, 1e-9, -1e-3, 0.3, 1 / math.pi, 0.4]),
+    "isfinite": (
+        lambda x: torch.where(torch.isfinite(x) & ~torch.isnan(x) & (x == x), x**3, 0),
+        lambda x: x**3,
+        [0.0, 2.0],
+    ),
+    "fmod": (lambda x: torch.fmod(x, 10) ** 2, torch.square, [0.0, 3.0]),
+    "frac": (lambda x: torch.frac(x) ** 2, torch.square, [0.0, -0.3]),
+    "lerp": (lambda x: torch.lerp(x, x**2, x), lambda x: x + x * (x**2 - x), [0.5, 0.1]),
+    "xlog1py": (
+        lambda x: torch.special.xlog1py(x, 2 * x),
+        lambda x: x * torch.log1p(2 * x),
+        [0.0, 1.0],
+    ),
+    "attention": (
+        lambda x: F.scaled_dot_product_attention(*[x.reshape(1, 3, 2)] * 3),
+        lambda x: softmax_attention(x.reshape(3, 2)),
+        [0.0, 0.0, 0.5, 0.5, 0.5, 0.5],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SMOOTH_WHERE_BRANCHES_MEET)
+def test_smooth_functions_have_no_kinks_where_their_branches_meet(name: str) -> None:
+    function, formula, point = SMOOTH_WHERE_BRANCHES_MEET[name]
+    x = torch.tensor(point, dtype=torch.float64)
+    result, symbols = lowered(function, x)
+    residuals = [evaluate([kink.residual], symbols, x)[0] for kink in result.kinks]
+    assert all(residual.all() for residual in residuals)
+    assert_matches(function, x, like=formula)
+
+
 # function, point, operation, residuals there
 KINKS = {
     "relu": (torch.relu, [1.0, -2.0], "relu", [1.0, -2.0]),
@@ -678,6 +758,7 @@ STABLE = {
     "gelu": F.gelu,
     "bce": lambda x: F.binary_cross_entropy_with_logits(x, torch.ones_like(x)),
     "log_ndtr": lambda x: torch.special.log_ndtr(x / 30),
+    "logaddexp": lambda x: torch.logaddexp(x, x.flip(0)),
     "tanh": torch.tanh,
 }
 

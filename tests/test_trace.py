@@ -87,6 +87,37 @@ def test_states_of_what_is_captured_are_kept_side_by_side() -> None:
     assert two is not one
 
 
+LAYERS = {
+    "attention": lambda: torch.nn.MultiheadAttention(4, 2, dropout=0.1, batch_first=True, dtype=D),
+    "encoder": lambda: torch.nn.TransformerEncoderLayer(4, 2, 8, 0.1, "gelu", batch_first=True, dtype=D),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_with_dropout_are_refused_in_training_and_compiled_in_evaluation(name: str) -> None:
+    layer = LAYERS[name]()
+
+    def objective(u: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        u = u[None]
+        out = layer(u, u, u, need_weights=False)[0] if name == "attention" else layer(u)
+        return (u - x).square().sum() + 0.1 * out.square().sum()
+
+    problem = ddn.Problem({"u": (3, 4)}, {"x": (3, 4)}, objective)
+    with pytest.raises(ddn.TraceError, match="draws random numbers"):
+        ddn.compile(problem)
+    layer.eval()
+    x = torch.linspace(-1, 1, 12, dtype=D).reshape(3, 4).requires_grad_()
+    solution = ddn.solve(problem, {"x": x})
+    assert solution.certificate.ok
+    u = solution["u"].detach()
+    weight = next(layer.parameters())
+    slope = torch.func.grad(objective)(u, x.detach())
+    torch.testing.assert_close(slope, torch.zeros_like(slope), rtol=0, atol=1e-9)
+    (by_weight,) = torch.autograd.grad(solution.objective, weight)
+    (expected,) = torch.autograd.grad(objective(u, x.detach()), weight)
+    torch.testing.assert_close(by_weight, expected, rtol=1e-9, atol=1e-12)
+
+
 def test_a_failing_function_is_told_in_one_error_and_not_in_torchs_log(
     capfd: pytest.CaptureFixture[str],
 ) -> None:

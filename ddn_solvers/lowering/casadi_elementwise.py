@@ -21,6 +21,7 @@ from ddn_solvers.lowering.casadi_tensor import (
     Call,
     Tensor,
     broadcast,
+    column,
     concatenate,
     elementwise,
     gather,
@@ -82,6 +83,23 @@ def square(x: Any) -> Any:
     return x**2
 
 
+@elementwise("lerp")
+def lerp(x: Any, y: Any, weight: Any) -> Any:
+    return x + weight * (y - x)
+
+
+@elementwise("sinc", "special_sinc")
+def sinc(x: Any) -> Any:
+    """sin(t) / t with t = pi x; by its series up to t = 1, where derivatives of the quotient cancel."""
+    t = math.pi * x
+    near = t * t < 1
+    squared, far = ca.if_else(near, t * t, 0), ca.if_else(near, 1, t)
+    series = 1.0
+    for degree in range(22, 0, -2):
+        series = 1 - squared * series / (degree * (degree + 1))
+    return ca.if_else(near, series, ca.sin(far) / far)
+
+
 @elementwise("erfinv", "special_erfinv")
 def erfinv(x: Any) -> Any:
     y = ca.erfinv(x)  # good to 1e-8; one Newton step makes it, and its derivatives, exact to rounding
@@ -129,8 +147,23 @@ def sigmoid(x: Any) -> Any:
 @lowers("log_sigmoid_forward")
 def log_sigmoid(call: Call, x: Any) -> tuple[Any, None]:
     (x,) = call.columns(x)
+    return _log_sigmoid(x), None
+
+
+def _log_sigmoid(x: Any) -> Any:
     nonnegative = x >= 0
-    return (1 - nonnegative) * x - ca.log1p(_decay(x, nonnegative)), None
+    return (1 - nonnegative) * x - ca.log1p(_decay(x, nonnegative))
+
+
+@elementwise("logaddexp")
+def logaddexp(x: Any, y: Any) -> Any:
+    first = x >= y
+    return ca.if_else(first, x, y) + ca.log1p(_decay(x - y, first))
+
+
+@elementwise("logaddexp2")
+def logaddexp2(x: Any, y: Any) -> Any:
+    return logaddexp(x * math.log(2), y * math.log(2)) / math.log(2)
 
 
 def _decay(x: Any, nonnegative: Any) -> Any:
@@ -357,9 +390,18 @@ def hypot(call: Call, x: Any, y: Any) -> Any:
 
 @lowers("trunc")
 def trunc(call: Call, x: Any) -> Any:
-    (x,) = call.columns(x)
+    return _truncated(call, *call.columns(x))
+
+
+def _truncated(call: Call, x: Any) -> Any:
+    """Towards zero, which steps at every whole number but zero."""
     call.kink(ca.if_else(ca.fabs(x) < 0.5, 1, nearest(x)))
     return truncate(x)
+
+
+@lowers("frac")
+def frac(call: Call, x: Any) -> Any:
+    return column(x) - trunc(call, x)
 
 
 @lowers("div")
@@ -367,8 +409,10 @@ def div(call: Call, x: Any, y: Any, rounding_mode: str | None = None) -> Any:
     x, y = call.columns(x, y)
     if rounding_mode is None:
         return x / y
+    if rounding_mode == "trunc":
+        return _truncated(call, x / y)
     call.kink(nearest(x / y))
-    return ca.floor(x / y) if rounding_mode == "floor" else truncate(x / y)
+    return ca.floor(x / y)
 
 
 @lowers("remainder")
@@ -403,6 +447,17 @@ def smooth_l1_loss(call: Call, x: Any, target: Any, reduction: int = 1, beta: fl
 @lowers("mse_loss")
 def mse_loss(call: Call, x: Any, target: Any, reduction: int = 1) -> Any:
     return _reduced(_difference(x, target) ** 2, reduction)
+
+
+@lowers("binary_cross_entropy_with_logits")
+def bce_with_logits(
+    call: Call, x: Any, target: Any, weight: Any = None, pos_weight: Any = None, reduction: int = 1
+) -> Any:
+    shape = tuple(torch.broadcast_shapes(x.shape, target.shape))
+    logit, positive = broadcast(x, shape), broadcast(target, shape)
+    share = 1 if pos_weight is None else 1 + (broadcast(pos_weight, shape) - 1) * positive
+    losses = (1 - positive) * logit - share * _log_sigmoid(logit)
+    return _reduced(losses if weight is None else broadcast(weight, shape) * losses, reduction)
 
 
 def _difference(x: Any, target: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 import casadi as ca
 import torch
 
+from ddn_solvers.lowering.casadi_reductions import softmax
 from ddn_solvers.lowering.casadi_tensor import (
     Call,
     Tensor,
@@ -95,8 +96,48 @@ def outer(call: Call, x: Any, y: Any) -> Any:
 
 
 @lowers("scaled_dot_product_attention")
-def attention(call: Call, *_: Any, **__: Any) -> Any:
-    raise call.refusal("may draw random numbers. Write it as softmax(q @ k.T * scale) @ v.")
+def attention(
+    call: Call,
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """softmax(scale Q K^T + mask) V"""
+    if dropout_p > 0:
+        raise call.refusal(
+            "depends on random numbers. Put the module into evaluation mode, or pass dropout_p=0."
+        )
+    if enable_gqa:
+        raise call.refusal("is not lowered for grouped queries. Repeat keys and values by repeat_interleave.")
+    batch = tuple(torch.broadcast_shapes(query.shape[:-2], key.shape[:-2]))
+    shape = (*batch, query.shape[-2], key.shape[-2])
+    scores = matmul(call, query, _transposed(key)) * (
+        1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    )
+    if is_causal:
+        attn_mask = torch.ones(shape[-2:], dtype=torch.bool).tril()
+    if isinstance(attn_mask, torch.Tensor) and attn_mask.dtype is torch.bool:
+        attn_mask = torch.zeros(attn_mask.shape, dtype=torch.float64).masked_fill(~attn_mask, -math.inf)
+    if attn_mask is not None and attn_mask.dtype is torch.bool:
+        scores = ca.if_else(broadcast(attn_mask, shape), scores, -math.inf)
+    elif attn_mask is not None:
+        scores += broadcast(attn_mask, shape)
+    weights = softmax(call, Tensor(scores, shape), -1)
+    return matmul(call, Tensor(weights, shape), value)
+
+
+def _transposed(tensor: Any) -> Any:
+    """Its matrices, over the batch, transposed."""
+    if isinstance(tensor, torch.Tensor):
+        return tensor.mT
+    places = torch.arange(tensor.size).reshape(tensor.shape).mT
+    return Tensor(gather(tensor.column, places), tuple(places.shape), tensor.dtype, tensor.varies)
 
 
 # ---------------------------------------------------------------------------- square matrices

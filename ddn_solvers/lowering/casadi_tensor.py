@@ -89,8 +89,11 @@ class Call:
         return [broadcast(operand, self.shape) for operand in operands]
 
     def kink(self, residual: Any) -> None:
-        """Record that the operation is not differentiable where an entry of ``residual`` is zero."""
-        if self.varies and residual.numel():
+        """Record that the operation is not differentiable where an entry of ``residual`` is zero.
+
+        A residual that is constant, as that of ``x != x``, is crossed nowhere.
+        """
+        if self.varies and residual.numel() and not residual.is_constant():
             self.kinks.append(KinkExpression(ca.densify(ca.vec(residual)), self.operation, self.source))
 
     def refusal(self, reason: str) -> UnsupportedOperation:
