@@ -293,10 +293,12 @@ def _fake(shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         return [torch.empty(tuple(shape), dtype=torch.float64) for shape in shapes]
 
 
-def _output_shapes(problem: Problem, terms: tuple[Term, ...]) -> tuple[Shape, ...]:
+def _output_shapes(
+    problem: Problem, terms: tuple[Term, ...], filled: Callable[[Shape], torch.Tensor] = torch.zeros
+) -> tuple[Shape, ...]:
     """Evaluate for real, at zero; a function that fails here is wrong, not merely untraceable."""
     named = {**problem.variables, **problem.parameters}
-    inputs = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in named.items()}
+    inputs = {name: filled(shape).to(torch.float64) for name, shape in named.items()}
     try:
         states, results = [_random_state()], []
         for _ in range(2):
@@ -315,7 +317,15 @@ def _output_shapes(problem: Problem, terms: tuple[Term, ...]) -> tuple[Shape, ..
     except DDNError:
         raise
     except Exception as error:
+        singular = isinstance(error, torch.linalg.LinAlgError)  # type: ignore[attr-defined]  # it is there
+        if singular and filled is not _generic:
+            return _output_shapes(problem, terms, _generic)  # at zero matrices are singular
         raise ProblemError(f"the problem's functions fail at {line_of(error)}: {error}") from error
+
+
+def _generic(shape: Shape) -> torch.Tensor:
+    """Numbers that make a regular matrix, the same each time."""
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0))
 
 
 def _drop_unused(

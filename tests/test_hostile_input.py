@@ -87,6 +87,61 @@ def test_an_overflow_is_a_failure():
         ddn.solve(problem(), {"x": X * 1e300})
 
 
+def in_a_branch(u, M, b):
+    return (u - torch.linalg.solve(M, b)).square().sum() if b[0] < 100 else u.sum()
+
+
+SINGULAR = {
+    "solve": lambda u, M, b: (u - torch.linalg.solve(M, b)).square().sum(),
+    "inv": lambda u, M, b: (u - torch.linalg.inv(M) @ b).square().sum() + u.exp().sum(),
+    "log": lambda u, M, b: (u - M[0, 0].log() * b).exp().sum() + u.square().sum(),
+}
+
+
+@pytest.mark.parametrize(
+    "solver", ["auto", "scipy:SLSQP", "casadi:ipopt", "casadi:sqpmethod", "cvxpy:CLARABEL"]
+)
+@pytest.mark.parametrize("name", SINGULAR)
+def test_a_singular_matrix_fails_its_sample_alone(name, solver):
+    one = ddn.Problem({"u": (2,)}, {"M": (2, 2), "b": (2,)}, SINGULAR[name])
+    regular = torch.tensor([[2.0, 1.0], [1.0, 3.0]], dtype=D)
+    M = torch.stack([regular, torch.zeros(2, 2, dtype=D), torch.eye(2, dtype=D)]).requires_grad_()
+    b = torch.ones(2, dtype=D, requires_grad=True)
+    s = ddn.solve(one, {"M": M, "b": b}, solver, policy=ddn.Policy("mask"))
+    assert [status.name for status in s.status] == ["OPTIMAL", "NUMERICAL_ERROR", "OPTIMAL"]
+    by_M, by_b = torch.autograd.grad(s["u"].sum(), (M, b))
+    good = ddn.solve(one, {"M": M[[0, 2]], "b": b}, solver)
+    of_good = torch.autograd.grad(good["u"].sum(), (M, b))
+    torch.testing.assert_close(s["u"][[0, 2]], good["u"], rtol=0, atol=1e-9)
+    torch.testing.assert_close(by_M, of_good[0], rtol=0, atol=1e-9)
+    torch.testing.assert_close(by_b, of_good[1], rtol=0, atol=1e-9)
+    with pytest.raises(ddn.SolveError, match="sample 1: numerical error"):
+        ddn.solve(one, {"M": M, "b": b}, solver)
+
+
+def test_a_singular_matrix_in_a_function_that_only_torch_evaluates_fails_its_sample_alone():
+    one = ddn.Problem({"u": (2,)}, {"M": (2, 2), "b": (2,)}, in_a_branch)
+    M = torch.stack([torch.eye(2, dtype=D), torch.zeros(2, 2, dtype=D)])
+    with pytest.warns(ddn.FallbackWarning):
+        s = ddn.solve(one, {"M": M, "b": torch.ones(2, dtype=D)}, policy=ddn.Policy("mask"))
+    assert s.converged.tolist() == [True, False]
+    torch.testing.assert_close(s["u"][0], torch.ones(2, dtype=D), rtol=0, atol=1e-9)
+
+
+def test_a_determinant_is_a_constraint_from_a_singular_start():
+    """The closest matrix of determinant one to a I is I, whatever a; zero, where a solver starts, is singular."""
+    whole = ddn.Problem(
+        {"U": (2, 2)},
+        {"M": (2, 2)},
+        lambda U, M: (U - M).square().sum(),
+        equality=lambda U: torch.linalg.det(U) - 1,
+    )
+    M = (1.5 * torch.eye(2, dtype=D)).requires_grad_()
+    s = ddn.solve(whole, {"M": M})
+    torch.testing.assert_close(s["U"], torch.eye(2, dtype=D), rtol=0, atol=1e-8)
+    assert torch.autograd.grad(s["U"].trace(), M)[0].trace().abs() < 1e-8
+
+
 # -- functions -----------------------------------------------------------------------------------------
 
 

@@ -52,10 +52,30 @@ def test_an_empty_batch_is_empty(affine: Kernel) -> None:
     np.testing.assert_array_equal(gradient, np.zeros(2))
 
 
-def test_a_function_that_fails_raises_and_returns_no_uninitialised_memory() -> None:
-    """CasADi's buffer only sets a return code."""
-    z = ca.MX.sym("z", 2)
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_sample_without_a_value_is_nan_and_touches_no_other(batch: int, shared: bool) -> None:
+    """CasADi refuses to factor a singular matrix, and its map stops there; the buffer only sets a return code."""
+    m, b = ca.MX.sym("m", 4), ca.MX.sym("b", 2)
+    x = ca.solve(ca.reshape(m, 2, 2), b)
+    kernel = Kernel(ca.Function("solved", [m, b], [x, ca.densify(ca.gradient(ca.sum1(x), b))]), {1: 1})
+    matrices = np.random.default_rng(3).normal(size=(batch, 2, 2))
+    matrices[-1] = [[1, 2], [2, 4]]
+    b = np.array([1.0, -2.0])
+    flat = matrices.transpose(0, 2, 1).reshape(batch, 4)
+    value, gradient = kernel(flat, b if shared else np.tile(b, (batch, 1)))
+    np.testing.assert_allclose(
+        value[:-1], np.linalg.solve(matrices[:-1], np.tile(b[:, None], (batch - 1, 1, 1)))[..., 0]
+    )
+    assert np.isnan(value[-1]).all()
+    assert (
+        np.isnan(gradient).all()
+        if shared
+        else np.isnan(gradient).any(axis=1).tolist() == [False] * (batch - 1) + [True]
+    )
 
+
+def test_an_error_of_a_function_written_in_python_is_raised() -> None:
     class Failing(ca.Callback):
         def __init__(self) -> None:
             ca.Callback.__init__(self)
@@ -71,6 +91,6 @@ def test_a_function_that_fails_raises_and_returns_no_uninitialised_memory() -> N
             raise ValueError("no")
 
     failing = Failing()
-    kernel = Kernel(ca.Function("wrapped", [z], [failing(z)]))
-    with pytest.raises(RuntimeError):
-        kernel(np.array([[1.0, 2.0]]))
+    for z in (np.array([[1.0, 2.0]]), np.ones((3, 2))):
+        with pytest.raises(RuntimeError, match="no"):
+            Kernel(failing)(z)

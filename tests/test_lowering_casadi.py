@@ -494,6 +494,34 @@ def test_nuclear_norm_is_smooth_where_singular_values_coincide() -> None:
     np.testing.assert_allclose(curvature, expected[2], atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 8])
+def test_determinants_are_polynomials_also_at_singular_matrices(size: int) -> None:
+    """Value, adjugate and second derivatives at rank n - 1 and n - 2, beside Leibniz's sum."""
+
+    def leibniz(v: torch.Tensor) -> torch.Tensor:
+        def signed(order: tuple[int, ...]) -> torch.Tensor:
+            swaps = sum(a > b for a, b in itertools.combinations(order, 2))
+            return (-1) ** swaps * v[range(size), order].prod()
+
+        return sum(signed(order) for order in itertools.permutations(range(size)))
+
+    full = randn(size, size)
+    singular, poorer = full.clone(), full.clone()
+    singular[-1] = singular[:-1].sum(0)
+    poorer[-2:] = poorer[:1]
+    for v in (full, singular, poorer, torch.zeros_like(full)):
+        if size <= 5:
+            assert_matches(torch.linalg.det, v, like=leibniz)
+        value, slope, _ = derivatives(torch.linalg.det, v)
+        np.testing.assert_allclose(value.item(), torch.linalg.det(v).item(), rtol=1e-9, atol=1e-12)
+        adjugate = value * np.eye(size)
+        np.testing.assert_allclose(slope.reshape(size, size).T @ v.numpy(), adjugate, atol=1e-9)
+    stacked = torch.stack([full + 3 * torch.eye(size), torch.eye(size)]).double()
+    assert_matches(
+        lambda v: torch.logdet(v) + torch.linalg.slogdet(v).logabsdet + torch.linalg.det(v), stacked
+    )
+
+
 def test_several_outputs_constants_and_chosen_nodes() -> None:
     def function(x: torch.Tensor, p: torch.Tensor) -> Any:
         return x * p.square().sum(), torch.arange(3.0), (p * 2).reshape(3, 1)

@@ -6,6 +6,7 @@ derivatives are torch's own. Sparsity is unknown, so patterns are full.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
@@ -56,6 +57,8 @@ class _TorchCallback(ca.Callback):  # type: ignore[misc]  # casadi has no stubs
         try:
             with torch.enable_grad():
                 return [ca.DM(t.detach().reshape(-1).numpy()) for t in self._compute(*tensors)]
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # it is there; no value, as of a logarithm
+            return [ca.DM([math.nan] * size) for size in self._sizes_out]
         except DDNError as error:
             self.refusal = error
             raise

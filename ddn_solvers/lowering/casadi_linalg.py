@@ -6,6 +6,7 @@ C^T = B^T A^T without transposing anything.
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -188,21 +189,49 @@ def inverse(call: Call, a: Any, check_errors: bool = False) -> Any:
     return _first_of(call, stacked([ca.inv(m) for m in matrices(a)]))
 
 
+EXPANDED = 8  # size of a matrix up to which its determinant is expanded into minors, 2^size of them
+
+
 @lowers("linalg_det", "_linalg_det", "det")
 def det(call: Call, a: Any) -> Any:
-    return _first_of(call, concatenate([ca.det(m) for m in matrices(a)]))
+    return _first_of(call, _determinants(a))
+
+
+def _determinants(a: Any) -> Any:
+    """As the polynomials that they are, with all derivatives, also at singular matrices; large ones by their factors."""
+    expanded = a.shape[-1] <= EXPANDED
+    return concatenate([_expansion(m) if expanded else ca.det(m) for m in matrices(a)])
+
+
+def _expansion(m: Any) -> Any:
+    """Laplace's, row by row from the last: the minors of the rows so far, over all choices of columns.
+
+    As exact as elimination with pivots: no difference of products is divided again.
+    """
+    size = m.shape[0]
+    minors: Any = ca.MX(1)
+    place: dict[tuple[int, ...], int] = {(): 0}
+    for count in range(1, size + 1):
+        row, choices = ca.densify(m[size - count, :].T), list(itertools.combinations(range(size), count))
+        terms = []
+        for i in range(count):
+            column_of = torch.tensor([choice[i] for choice in choices])
+            rest = torch.tensor([place[choice[:i] + choice[i + 1 :]] for choice in choices])
+            terms.append((-1) ** i * gather(row, column_of) * gather(minors, rest))
+        minors, place = sum(terms), {choice: i for i, choice in enumerate(choices)}
+    return minors
 
 
 @lowers("linalg_slogdet", "_linalg_slogdet", "slogdet")
 def slogdet(call: Call, a: Any) -> tuple[Any, ...]:
-    determinants = concatenate([ca.det(m) for m in matrices(a)])
+    determinants = _determinants(a)
     outputs = [ca.sign(determinants), ca.log(ca.fabs(determinants)), None, None]
     return tuple(outputs[: len(call.op._schema.returns)])
 
 
 @lowers("logdet")
 def logdet(call: Call, a: Any) -> Any:
-    return ca.log(concatenate([ca.det(m) for m in matrices(a)]))
+    return ca.log(_determinants(a))
 
 
 @lowers("linalg_cholesky", "linalg_cholesky_ex", "cholesky")
