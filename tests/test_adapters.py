@@ -236,7 +236,45 @@ def test_numbers_that_are_not_finite_are_no_point_of_casadi() -> None:
     assert point.equality is None
 
 
-@pytest.mark.parametrize("solver", ["highs", "clarabel", "casadi:daqp", "casadi:ipopt", "cvxpy:CLARABEL"])
+def test_a_failed_qp_of_sqpmethod_is_told_and_its_point_kept() -> None:
+    """Hock and Schittkowski 46: curvature vanishes at the solution, and CasADi has no status where DAQP fails."""
+    hs46 = Problem(
+        {"u": (5,)},
+        {"x": ()},
+        lambda u, x: (u[0] - u[1]) ** 2 + (u[2] - x) ** 2 + (u[3] - 1) ** 4 + (u[4] - 1) ** 6,
+        equality=lambda u: torch.stack(
+            [u[0] ** 2 * u[3] + torch.sin(u[3] - u[4]) - 1, u[1] + u[2] ** 4 * u[3] ** 2 - 2]
+        ),
+    )
+    start = torch.tensor([0.5**0.5, 1.75, 0.5, 2.0, 2.0], dtype=torch.float64)
+    x = torch.ones((), dtype=torch.float64)
+    policy = ddn.Policy(on_failure="mask")
+    s = ddn.solve(hs46, {"x": x}, "casadi:sqpmethod", initial=start, policy=policy)
+    assert s.status[0] is Status.NUMERICAL_ERROR
+    assert "the QP of a step was not solved" in s.stats.message[0]
+    np.testing.assert_allclose(s["u"], 1, atol=0.1)
+
+
+@pytest.mark.parametrize("solver", ["ma57", "ma27"])
+def test_a_linear_solver_that_is_not_installed_is_an_error(solver: str) -> None:
+    batch = make_batch(case("exponential"), "ipopt", Options(native={"ipopt.linear_solver": solver}))
+    with pytest.raises(ProblemError, match=r"'ipopt\.linear_solver'.*not installed"):
+        ADAPTERS["casadi"].solve_batch(batch)
+
+
+def test_ipopt_counts_no_iterations_where_it_does_not_begin() -> None:
+    """Three equations of one variable: its count was what had been in memory, 337 once."""
+    over = Problem(
+        {"u": ()}, {}, lambda u: u.exp(), equality=lambda u: torch.stack([u.square() - 1, u - 1, u.exp()])
+    )
+    for _ in range(2):
+        instance = make_batch(Case("over", over, {}), "ipopt")[0]
+        assert ADAPTERS["casadi"].solve(instance).iterations == 0
+
+
+@pytest.mark.parametrize(
+    "solver", ["highs", "clarabel", "casadi:daqp", "casadi:ipopt", "cvxpy:CLARABEL", "cvxpy:HIGHS"]
+)
 def test_a_backend_prints_nothing(solver: str, tmp_path: Path) -> None:
     """HiGHS had, when its first object was made: compiled code, to the process's own output."""
     program = tmp_path / "solves.py"

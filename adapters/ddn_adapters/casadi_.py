@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 _NONLINEAR = frozenset(ProblemClass)
 _QUADRATIC = frozenset({ProblemClass.LP, ProblemClass.QP})
 _NLPSOL = ("ipopt", "sqpmethod")
+_QP_FAILED = {"return_status": "the QP of a step was not solved", "success": False}
 _CONSTRAINED = frozenset({Feature.BOUNDS, Feature.EQUALITY, Feature.INEQUALITY})
 _SMOOTH = _CONSTRAINED | {Feature.NONCONVEX, Feature.CALLBACKS, Feature.NONSMOOTH}
 _SOLVED = 1e-6  # relative KKT residual above which a sample of a map is solved again to learn its status
@@ -152,6 +153,10 @@ class CasADiAdapter(Adapter):
     def solve(self, instance: Instance) -> Point:
         with _silent(instance.method):
             found, stats = self._model(instance).solve(instance)
+        if (
+            stats["return_status"] == "Invalid_Option" and instance.options.native
+        ):  # found out at the solve alone
+            raise self._refusal(instance, "Invalid_Option, as of a linear solver that is not installed")
         return self._point(instance, [column.full().ravel() for column in found], stats)
 
     def solve_batch(self, batch: Batch) -> list[Point]:
@@ -179,6 +184,8 @@ class CasADiAdapter(Adapter):
         unknown = Status.OPTIMAL if stats["success"] else Status.NUMERICAL_ERROR
         status = next((status for word, status in _WORDS.items() if word in message), unknown)
         iterations = stats["iter_count"] if stats.get("iter_count", -1) >= 0 else None
+        if instance.method == "ipopt" and "iterations" not in stats:
+            iterations = 0  # it has not begun, and the count is what was in memory
         message = f"{instance.method}: {message}"
         if not all(np.isfinite(part).all() for part in found):  # DAQP leaves at a limit what was in memory
             status = Status.NUMERICAL_ERROR if status is Status.OPTIMAL else status
@@ -206,11 +213,11 @@ class CasADiAdapter(Adapter):
         except RuntimeError as error:  # OSQP does not say which
             if not of.options.native:
                 raise
-            names = " or ".join(map(repr, of.options.native))
-            last = str(error).splitlines()[-1]
-            raise ProblemError(
-                f"{self.where(method)} does not accept the option {names}", got=last
-            ) from error
+            raise self._refusal(of, str(error).splitlines()[-1]) from error
+
+    def _refusal(self, of: Instance | Batch, why: str) -> ProblemError:
+        names = " or ".join(map(repr, of.options.native))
+        return ProblemError(f"{self.where(of.method)} does not accept the option {names}", got=why)
 
 
 class _Nonlinear:
@@ -266,7 +273,13 @@ class _Nonlinear:
             if self._stopwatch is not None:
                 self._stopwatch.deadline = instance.deadline
             x, _, _, lam_x, lam_g, _ = self._solver.call(arguments)
-            return [x, lam_g, lam_x], self._solver.stats()
+            try:
+                stats = self._solver.stats()
+            except (
+                RuntimeError
+            ):  # sqpmethod has no status where a QP failed, and CasADi reads it all the same
+                stats = _QP_FAILED
+            return [x, lam_g, lam_x], stats
 
 
 class _Conic:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -124,6 +125,8 @@ class CVXPYAdapter(Adapter):
 
         from ddn_solvers.lowering.to_cvxpy import Models
 
+        if instance.method == "HIGHS":
+            _take_banner()
         program, options = instance.program, self.native(instance)
         models = program.memo("cvxpy", lambda: Models(program))
         with models.lock:
@@ -141,6 +144,17 @@ class CVXPYAdapter(Adapter):
             warm = instance.warm_start is not None
             raw = chain.solve_via_data(problem, data, warm_start=warm, solver_opts=dict(options))
             return _point(model, instance, chain.invert(raw, inverse))
+
+
+@functools.cache
+def _take_banner() -> None:
+    """HiGHS prints its version once a process, when CVXPY has not yet told it to be silent: here to no console."""
+    import highspy
+
+    solver = highspy.Highs.__new__(highspy.Highs)
+    super(highspy.Highs, solver).__init__()  # without its callbacks, whose set-up prints
+    solver.setOptionValue("log_to_console", False)
+    solver.run()
 
 
 def _point(model: Model, instance: Instance, found: Any) -> Point:
