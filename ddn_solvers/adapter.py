@@ -447,6 +447,10 @@ class Adapter(abc.ABC):
             ProblemError: An option that the backend does not know.
         """
 
+    def refusal(self, program: Program) -> str:
+        """Why it takes ``program`` for no numbers at all, beyond what ``Method`` tells; empty if it may."""
+        return ""
+
     def solve_batch(self, batch: Batch) -> list[Point]:
         """Attempt every sample; override where the backend can do better than a loop."""
         points = [self.attempt(batch[i]) for i in range(len(batch))]

@@ -35,7 +35,8 @@ class Compiled:
         """Print, and return, what is known of the problem: class, convexity, sparsity, captures, backends."""
         program = self.program
         able = registry.able(program)
-        auto = ", then ".join(map(str, routes("auto", program))) if able else "none"
+        tried = [r for r in routes("auto", program) if not r.adapter.refusal(program)] if able else []
+        auto = ", then ".join(map(str, tried)) or "none"
         captured = ", ".join(a.name for a in program.graph.captures) or "nothing that is an input"
         lines = [
             ("class", f"{program.problem_class.value}: {self._why()}"),
@@ -107,5 +108,4 @@ def _convexity(program: Program) -> str:
         return "unknown: there is no graph for CVXPY's rules to read"
     from ddn_solvers.lowering.to_cvxpy import convexity  # cvxpy takes a second to import
 
-    found = convexity(program)
-    return found.reason
+    return program.memo("convexity", lambda: convexity(program)).reason

@@ -106,9 +106,9 @@ def able(program: Program) -> list[str]:
             found = adapter(backend)
         except BackendNotInstalled:
             continue
-        for method in found.capabilities.methods:
-            if takes(method, program) and _installed(method.package):
-                names.append(f"{backend}:{method.name}")
+        methods = [m for m in found.capabilities.methods if takes(m, program) and _installed(m.package)]
+        if methods and not found.refusal(program):
+            names += [f"{backend}:{method.name}" for method in methods]
     return names
 
 

@@ -467,6 +467,34 @@ def test_explain_is_readable(capsys):
         assert word in text, word
 
 
+EXPLAINED = {
+    "sine": ({"x": (2,)}, lambda u, x: (u - x).square().sum(), lambda u: torch.sin(u[0]) - u[1], False),
+    "sphere": ({"x": (2,)}, lambda u, x: (u - x).square().sum(), lambda u: u.square().sum() - 1, False),
+    "kinks": ({"x": (2,)}, lambda u, x: u.abs().sum() * (u - x).sin().sum(), None, False),
+    "projection": ({"x": (2,)}, lambda u, x: (u - x).square().sum(), lambda u: u.sum() - 1, True),
+    "where-positive": ({"x": ()}, lambda u, x: x * u.exp().sum() + u.square().sum(), None, True),
+    "where-semidefinite": ({"x": (2, 2)}, lambda u, x: u @ x @ u, None, True),
+}
+
+
+@pytest.mark.parametrize("name", EXPLAINED)
+def test_explain_lists_a_backend_if_and_only_if_it_takes_the_problem(name, capsys):
+    parameters, objective, equality, convex = EXPLAINED[name]
+    problem = ddn.Problem({"u": (2,)}, parameters, objective, equality=equality)
+    lines = dict(line.split(None, 1) for line in ddn.compile(problem).explain().splitlines())
+    values = {
+        k: torch.eye(2, dtype=D) if len(s) == 2 else torch.ones(s, dtype=D) for k, s in parameters.items()
+    }
+    for solver in ("cvxpy:CLARABEL", "cvxpy:SCS"):
+        assert (solver in lines["backends"].split(", ")) is convex
+        if convex:
+            ddn.solve(problem, values, solver=solver)
+        else:
+            assert "cvxpy" not in lines["auto"]
+            with pytest.raises(ddn.BackendCannotSolve):
+                ddn.solve(problem, values, solver=solver)
+
+
 def test_error_tree():
     for error in (
         ddn.ProblemError, ddn.TraceError, ddn.BackendNotFound, ddn.BackendNotInstalled,

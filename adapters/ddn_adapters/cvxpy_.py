@@ -25,6 +25,7 @@ from ddn_solvers.adapter import (
 
 if TYPE_CHECKING:
     from ddn_solvers.lowering.to_cvxpy import Model
+    from ddn_solvers.program import Program
 
 _QUADRATIC = frozenset({ProblemClass.LP, ProblemClass.QP})
 _CONVEX = frozenset(ProblemClass)
@@ -119,6 +120,14 @@ class CVXPYAdapter(Adapter):
             return _method(name, _QUADRATIC)
         takes_cones = cp.SOC in conic.SUPPORTED_CONSTRAINTS
         return _method(name, _CONVEX if takes_cones else frozenset({ProblemClass.LP}))
+
+    def refusal(self, program: Program) -> str:
+        if not program.traced:
+            return ""  # as its methods tell
+        from ddn_solvers.lowering.to_cvxpy import convexity
+
+        found = program.memo("convexity", lambda: convexity(program))
+        return found.reason if found.excluded else ""
 
     def solve(self, instance: Instance) -> Point:
         import cvxpy as cp

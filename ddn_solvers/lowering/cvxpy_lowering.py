@@ -45,20 +45,26 @@ class NotLowered(Exception):
     Attributes:
         node: The smallest sub-expression that breaks the rules.
         reason: Why.
+        final: Whatever the values of the parameters.
     """
 
-    def __init__(self, node: fx.Node, reason: str) -> None:
+    def __init__(self, node: fx.Node, reason: str, final: bool = False) -> None:
         source = node.meta.get("source", "")
-        self.node, self.reason = node, reason
+        self.node, self.reason, self.final = node, reason, final
         super().__init__(f"'{operation_name_of(node.target)}'{f' at {source}' if source else ''} {reason}")
 
 
 @dataclass(frozen=True)
 class Convexity:
-    """Whether a problem is convex for all values of its parameters, and the reason."""
+    """Whether a problem is convex for all values of its parameters, and the reason.
+
+    Attributes:
+        excluded: CVXPY takes it for no values at all.
+    """
 
     convex: bool
     reason: str
+    excluded: bool = False
 
 
 def square_root(matrix: Array, tolerance: float = 1e-11) -> Array:
@@ -382,7 +388,7 @@ class Lowering:
         except NotLowered as error:
             return error
         except Refusal as refusal:
-            return NotLowered(node, str(refusal))
+            return NotLowered(node, str(refusal), refusal.final)
         except (
             ValueError,
             TypeError,
@@ -406,7 +412,7 @@ class Lowering:
     def _node(self, node: fx.Node) -> Any:
         value = node.meta["val"]
         if isinstance(value, torch.Tensor) and not value.is_floating_point():
-            raise Refusal("makes integers or truth values of variables")
+            raise Refusal("makes integers or truth values of variables", final=True)
         if node.target is operator.getitem:
             return self.value(node.args[0])[node.args[1]]
         for rule in ops.REWRITES.get(operation_name_of(node.target), ()):
@@ -468,7 +474,7 @@ class Lowering:
                 break
             else:
                 environment[node] = self._call(node.target, now_args, now_kwargs)
-        raise Refusal("is not an operation that CVXPY knows")
+        raise Refusal("is not an operation that CVXPY knows", final=True)
 
 
 def _shape_only(target: Any, shape: Shape, args: Any, kwargs: Any) -> torch.Tensor:

@@ -32,7 +32,15 @@ Dims = int | Sequence[int] | None
 
 
 class Refusal(Exception):
-    """An operation has no atom, or none for these arguments; the message says which and why."""
+    """An operation has no atom, or none for these arguments; the message says which and why.
+
+    Attributes:
+        final: Whatever the values of the parameters.
+    """
+
+    def __init__(self, reason: str, final: bool = False) -> None:
+        super().__init__(reason)
+        self.final = final
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,7 +250,7 @@ def _sides(context: Context, x: Any, y: Any) -> tuple[Tensor, Tensor]:
     if y.expression.is_constant():
         y, x = _weigh(context, y, x)
         return x, y
-    raise Refusal("multiplies two terms that depend on variables")
+    raise Refusal("multiplies two terms that depend on variables", final=True)
 
 
 @operation("mul", "multiply")
@@ -534,7 +542,7 @@ def log_softmax(context: Context, x: Tensor, dim: int, *_: Any) -> Tensor:
 def where(context: Context, mask: Any, x: Any, y: Any) -> Tensor:
     mask = as_tensor(mask)
     if not mask.expression.is_constant():
-        raise Refusal("chooses by a condition on variables")
+        raise Refusal("chooses by a condition on variables", final=True)
     return add(context, product(context, mask, x), product(context, context.derived(mask, "complement"), y))
 
 

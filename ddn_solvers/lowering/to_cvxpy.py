@@ -280,7 +280,7 @@ class Model:
 
     def _function(self, index: int, kind: str, name: str) -> Expression:
         label = _label(kind, name)
-        expression, refusal = _expression(self._lowering, index, kind)
+        expression, refusal, _ = _expression(self._lowering, index, kind)
         if expression is not None and expression.is_dpp():
             return expression
         degree = self._program.degree(kind, name)
@@ -385,16 +385,16 @@ def signed_blocks(program: Program, z: cp.Variable, signs: Sequence[int]) -> lis
     return [wraps[s](z[b.start : b.stop]) for b, s in zip(program.variables.blocks, signs, strict=True)]
 
 
-def _expression(lowering: Lowering, index: int, kind: str) -> tuple[Expression | None, str]:
-    """The expression of a function if its curvature is right for its place, else why not."""
+def _expression(lowering: Lowering, index: int, kind: str) -> tuple[Expression | None, str, bool]:
+    """The expression of a function if its curvature is right for its place, else why not; whatever the parameters?"""
     try:
         expression = lowering.output(index).expression
     except NotLowered as refusal:
-        return None, str(refusal)
+        return None, str(refusal), refusal.final
     wanted = "affine" if kind == "equality" else "convex"
     if getattr(expression, f"is_{wanted}")():
-        return expression, ""
-    return None, f"it is {expression.curvature.lower()} and has to be {wanted}"
+        return expression, "", False
+    return None, f"it is {expression.curvature.lower()} and has to be {wanted}", True
 
 
 def _names(program: Program) -> list[str]:
@@ -419,7 +419,9 @@ def convexity(program: Program) -> Convexity:
     """Whether the problem is convex as CVXPY sees it, for all values of the parameters."""
     module = program.graph.module
     if module is None:
-        return Convexity(False, "unknown: the functions are torch callbacks, which have no expression")
+        return Convexity(
+            False, "unknown: the functions are torch callbacks, which have no expression", excluded=True
+        )
     blocks = signed_blocks(program, cp.Variable(program.variables.size), _constant_signs(program))
     lowering = Lowering(module, blocks, names=_names(program))
     by_hessian, every_call = [], []
@@ -427,16 +429,18 @@ def convexity(program: Program) -> Convexity:
         if kind not in _FUNCTIONS:
             continue
         label, degree = _label(kind, name), program.degree(kind, name)
-        expression, refusal = _expression(lowering, index, kind)
+        expression, refusal, final = _expression(lowering, index, kind)
         if (expression is not None and expression.is_dpp()) or degree in (0, 1):
             continue
+        by_coefficients = degree == 2 and kind != "equality"
         if expression is not None:
             every_call.append(label)
-        elif degree == 2 and kind != "equality" and not program.parameters:
+        elif by_coefficients and not program.parameters:
             refusal = _indefinite(program, kind, name)
             by_hessian.append(label)
         if expression is None and refusal:
-            return Convexity(False, f"not known to be convex: {label}: {refusal}")
+            excluded = not program.parameters or (final and not by_coefficients)
+            return Convexity(False, f"not known to be convex: {label}: {refusal}", excluded)
     reason = "convex by the DCP rules"
     if by_hessian:
         reason += f" and, for {', '.join(by_hessian)}, by its Hessian"
