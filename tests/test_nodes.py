@@ -41,6 +41,38 @@ def test_sparsemax_derivatives_of_every_kind():
     torch.testing.assert_close(mapped, nodes.sparsemax(x.detach()[0], dim=0).T)
 
 
+MARGINALS = torch.full((5,), 1 / 5, dtype=D), torch.full((4,), 1 / 4, dtype=D)
+NORMAL = rand(4, seed=6)
+OF_A_MATRIX = {  # functions of one (5, 4) matrix
+    "softmax": nodes.softmax,
+    "sparsemax": nodes.sparsemax,
+    "robust_pool": lambda x: nodes.robust_pool(x, "pseudo-huber"),
+    "robust_vector_pool": lambda x: nodes.robust_vector_pool(x, "huber"),
+    "entropic_transport": lambda x: nodes.entropic_transport(x, *MARGINALS),
+    "least_squares": lambda x: nodes.least_squares(x, x[..., 0] ** 2, ridge=0.1),
+    "sphere_least_squares": lambda x: nodes.sphere_least_squares(x, x[..., 0] ** 2, radius=0.7),
+    "project_sphere": nodes.project_sphere,
+    "project_ball": nodes.project_ball,
+    "project_simplex": nodes.project_simplex,
+    "project_box": lambda x: nodes.project_box(x, -0.5, 0.5),
+    "project_halfspace": lambda x: nodes.project_halfspace(x, NORMAL, 0.1),
+    "project_affine": lambda x: nodes.project_affine(x, NORMAL[None], NORMAL[:1]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("batch", [(), (1,), (3,)], ids=["one", "batch of one", "batch"])
+@pytest.mark.parametrize("name", OF_A_MATRIX)
+def test_dual_numbers_and_torch_func_give_the_same_tangent(name, batch):
+    node, x, t = OF_A_MATRIX[name], rand(*batch, 5, 4, seed=7), rand(*batch, 5, 4, seed=8)
+    value, tangent = torch.func.jvp(node, (x,), (t,))
+    forward = torch.autograd.forward_ad
+    with forward.dual_level():
+        found = forward.unpack_dual(node(forward.make_dual(x, t)))
+    torch.testing.assert_close(found.primal, value)
+    torch.testing.assert_close(found.tangent, tangent)
+
+
 def test_sparsemax_keeps_its_digits_under_an_offset():
     x = rand(50, seed=4)
     torch.testing.assert_close(nodes.sparsemax(x + 2.0**20), nodes.sparsemax(x), rtol=0, atol=1e-9)

@@ -57,7 +57,8 @@ class Rule(ABC):
 class _Node(torch.autograd.Function):
     @staticmethod
     def forward(rule: Rule, *inputs: torch.Tensor) -> torch.Tensor:
-        return rule.solve(*inputs).contiguous()  # forward mode asks for tangents of the same layout
+        # Forward mode asks for tangents of the same layout, and of a view that its base has one too.
+        return rule.solve(*inputs).clone(memory_format=torch.contiguous_format)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
