@@ -20,6 +20,7 @@ from ddn_solvers.errors import (
 )
 from ddn_solvers.explain import Compiled, compile
 from ddn_solvers.forms import least_squares, linear_program, quadratic_program
+from ddn_solvers.imported import from_casadi, from_cvxpy
 from ddn_solvers.layer import DeclarativeLayer
 from ddn_solvers.policy import Policy
 from ddn_solvers.problem import Problem
@@ -53,6 +54,8 @@ __all__ = [
     "attach",
     "backends",
     "compile",
+    "from_casadi",
+    "from_cvxpy",
     "least_squares",
     "linear_program",
     "quadratic_program",

@@ -23,11 +23,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ddn_solvers.errors import ProblemError, TraceError
+from ddn_solvers.imported.formula import Formula
 from ddn_solvers.problem import Problem
 from ddn_solvers.validation import argument_names, callable_name
 
 _TORCH_FOLDER = os.path.dirname(torch.__file__)
-_TRACING = (__file__, os.path.join(os.path.dirname(__file__), "trace.py"))  # not the user's lines
+_HERE = os.path.dirname(__file__)
+_TRACING = (
+    __file__,
+    os.path.join(_HERE, "trace.py"),
+    os.path.join(_HERE, "imported"),
+)  # not the user's lines
 
 
 class Untraceable(Exception):
@@ -234,9 +240,11 @@ def _refuse_what_loses_values(func: Any, args: tuple[Any, ...]) -> None:
 
 
 def user_line() -> str:
-    """``file.py:12: code`` of the innermost frame that is neither torch's nor ours."""
+    """``file.py:12: code`` of the innermost frame that is neither torch's nor ours; or the imported expression."""
     frame = sys._getframe(1)
     while frame is not None:
+        if frame.f_code is Formula.__call__.__code__:
+            return str(frame.f_locals["formula_source"])
         filename = frame.f_code.co_filename
         if not filename.startswith((_TORCH_FOLDER, *_TRACING, "<")) and "contextlib" not in filename:
             return _quote(filename, frame.f_lineno)
