@@ -153,9 +153,8 @@ class CasADiAdapter(Adapter):
     def solve(self, instance: Instance) -> Point:
         with _silent(instance.method):
             found, stats = self._model(instance).solve(instance)
-        if (
-            stats["return_status"] == "Invalid_Option" and instance.options.native
-        ):  # found out at the solve alone
+        # IPOPT finds out at the solve alone.
+        if stats["return_status"] == "Invalid_Option" and instance.options.native:
             raise self._refusal(instance, "Invalid_Option, as of a linear solver that is not installed")
         return self._point(instance, [column.full().ravel() for column in found], stats)
 
@@ -275,9 +274,7 @@ class _Nonlinear:
             x, _, _, lam_x, lam_g, _ = self._solver.call(arguments)
             try:
                 stats = self._solver.stats()
-            except (
-                RuntimeError
-            ):  # sqpmethod has no status where a QP failed, and CasADi reads it all the same
+            except RuntimeError:  # sqpmethod has no status where a QP failed, and CasADi reads it
                 stats = _QP_FAILED
             return [x, lam_g, lam_x], stats
 
