@@ -154,7 +154,7 @@ def judge(polished: Polished, policy: Policy, dtype: torch.dtype, minimum: bool 
     evaluation, batch = polished.evaluation, len(polished.predicted)
     program = evaluation.program
     feasibility, complementarity = evaluation.scaled_feasibility, evaluation.scaled_complementarity
-    stationarity, predicted = evaluation.scaled_stationarity, polished.predicted
+    stationarity, predicted = evaluation.scaled_stationarity.copy(), polished.predicted
     decides = polished.singular | (stationarity > _UNBALANCED)
     # Where the point could not be polished to rounding, the active set is judged less finely.
     tolerance = np.maximum(policy.activity_tolerance(dtype), 10 * evaluation.scaled)
@@ -166,17 +166,12 @@ def judge(polished: Polished, policy: Policy, dtype: torch.dtype, minimum: bool 
     if lost.size:
         alone = _without_pull(evaluation.take(lost), active.take(lost), gone[lost])
         stationarity[lost], singular[lost], decides[lost] = alone.scaled_stationarity, True, True
-    singular |= _unsettled(evaluation, active, singular, condition, policy)
-    reusable = not singular.any() and np.array_equal(polished.working.sides, active.sides)
-    nearby = polished.system if reusable else None
-    bent = np.zeros(batch, dtype=bool)
-    factored = nearby is not None and program.quadratic and nearby.convex
-    if minimum and program.may_be_nonconvex and not factored and not surely_minimal(evaluation, active):
-        finite = np.flatnonzero(np.isfinite(evaluation.scaled))
-        bent[finite] = curvature(evaluation.take(finite).tame(), active.take(finite)).negative
-    if minimum and program.may_be_nonconvex and active.weak.any():
-        finite = np.flatnonzero(np.isfinite(evaluation.scaled) & ~bent)
-        bent[finite] = descends(evaluation.take(finite).tame(), active.take(finite))
+    system = polished.system if np.array_equal(polished.working.sides, active.sides) else None
+    singular |= _unsettled(evaluation, active, singular, condition, policy, system)
+    nearby = None if singular.any() else system
+    convex = nearby is not None and program.quadratic and nearby.convex
+    asked = minimum and program.may_be_nonconvex
+    bent = _descending(evaluation, active, convex) if asked else np.zeros(batch, dtype=bool)
     numbers = {
         "feasibility": feasibility,
         "complementarity": complementarity,
@@ -195,14 +190,31 @@ def judge(polished: Polished, policy: Policy, dtype: torch.dtype, minimum: bool 
     return Verified(evaluation, active, singular, condition, tuple(status), tuple(reasons), nearby)
 
 
+def _descending(evaluation: Evaluation, active: ActiveSet, convex: bool) -> Mask:
+    """Samples from which a way leads down by curvature, (B,); ``convex``: H is positive definite on free variables."""
+    bent = np.zeros(len(active.sides), dtype=bool)
+    if not convex and not surely_minimal(evaluation, active):
+        finite = np.flatnonzero(np.isfinite(evaluation.scaled))
+        bent[finite] = curvature(evaluation.take(finite).tame(), active.take(finite)).negative
+    if active.weak.any():
+        finite = np.flatnonzero(np.isfinite(evaluation.scaled) & ~bent)
+        bent[finite] = descends(evaluation.take(finite).tame(), active.take(finite))
+    return bent
+
+
 def _unsettled(
-    evaluation: Evaluation, active: ActiveSet, singular: Mask, condition: Array, policy: Policy
+    evaluation: Evaluation,
+    active: ActiveSet,
+    singular: Mask,
+    condition: Array,
+    policy: Policy,
+    known: System | None,
 ) -> Mask:
     """Regular samples whose KKT matrix is another at points as good as these: what its inverse says is then chance.
 
     So it is at the minimum of u^4, or where two circles touch. K^-1 (K' - K) is estimated along the direction that K^-1
     enlarges most, K' being the matrix a distance ``accuracy`` away; only where the curvature of some variable, or K as a
-    whole, gives reason to.
+    whole, gives reason to. ``known`` is the system of all samples with this active set, if there is one.
     """
     found = np.zeros(len(singular), dtype=bool)
     if evaluation.program.quadratic:
@@ -214,11 +226,13 @@ def _unsettled(
     doubtful = np.flatnonzero((flat | (condition > 1 / _FAINT)) & ~singular & np.isfinite(evaluation.scaled))
     if not doubtful.size:
         return found
-    here, there_active = evaluation.take(doubtful), active.take(doubtful)
+    here = evaluation.take(doubtful)
     sign = np.sign(without_symmetry(active.n))
     moved = replace(here.point, z=here.point.z + policy.accuracy * here.own_size * sign)
     there = here.at_known(moved, Evaluation.at(here.program, here.bound, moved).first)
-    system = kkt_system(here, there_active, linear_solver=policy.linear_solver)
+    system = known
+    if system is None or len(doubtful) < len(singular):
+        system = kkt_system(here, active.take(doubtful), linear_solver=policy.linear_solver)
     n, force, reach = active.n, here.force, here.reach
     v, vector = np.zeros_like(here.size), without_symmetry(n + reach.shape[1])
     x, t = _solved(system, vector[:n] * force / here.size, vector[n:] * reach, v)
