@@ -156,6 +156,7 @@ class Search:
             raise refusal
         self._solve_determined(bound, best)
         self._diagnose(bound, best)
+        self._tell_undefined(given, bound)
         return self._whole(bound, best)
 
     def _out_of_time(self, samples: Index) -> None:
@@ -363,6 +364,19 @@ class Search:
             elif status is Status.INFEASIBLE:
                 self.status[i] = Status.NOT_A_KKT_POINT
                 self.reasons[i] = "; ".join(t for t in ("there are feasible points", self.reasons[i]) if t)
+
+    @np.errstate(all="ignore")
+    def _tell_undefined(self, given: Array, bound: Bound) -> None:
+        """Where log(0) or the like stands where the search begins, no solver gets away from it."""
+        failed = np.flatnonzero([status is Status.NUMERICAL_ERROR for status in self.status])
+        if not failed.size:
+            return
+        at = self._measured(bound.take(failed), given[failed]).first
+        for i, f, slope, c in zip(failed, at.objective, at.gradient, at.constraints, strict=True):
+            if not (np.isfinite(f) and np.isfinite(slope).all() and np.isfinite(c).all()):
+                which = "initial" if self.initial is not None else "zero, where the search begins"
+                hint = f"the functions are not finite at {which}: give an initial point where they are"
+                self.reasons[i] = "; ".join(text for text in (hint, self.reasons[i]) if text)
 
     def _whole(self, bound: Bound, best: PrimalDual) -> Verified:
         """One ``Verified`` for the batch: that of a single route as it is, pieces put together again."""

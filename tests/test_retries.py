@@ -212,3 +212,16 @@ def test_a_qp_keeps_its_own_solver_when_warm_started() -> None:
     x = torch.tensor([0.5, -1.0, 2.0], dtype=D)
     first = ddn.solve(problem, {"x": x})
     assert ddn.solve(problem, {"x": x + 0.1}, warm_start=first).stats.method == first.stats.method
+
+
+def test_functions_that_do_not_exist_at_the_start_are_named() -> None:
+    """log(0): no solver gets away from it, and the message did not say what to do."""
+    A = torch.tensor([[1.0, 2.0], [3.0, 1.0]], dtype=torch.float64)
+    problem = ddn.Problem(
+        {"x": (2,)}, {"c": (2,)}, lambda x: -(x.log()).sum(), inequality=lambda x, c: A @ x - c
+    )
+    c = torch.ones(2, dtype=torch.float64)
+    with pytest.raises(ddn.SolveError, match="not finite at zero, where the search begins: give an initial"):
+        ddn.solve(problem, {"c": c})
+    inside = torch.full((2,), 0.1, dtype=torch.float64)
+    assert ddn.solve(problem, {"c": c}, initial=inside).certificate.ok
