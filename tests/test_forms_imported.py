@@ -110,6 +110,12 @@ EXPRESSIONS = {
     "power 3": cp.power(u, 3),
     "power 1.5": cp.power(u, 1.5),
     "power -1": cp.power(u, -1),
+    "atoms of a scalar": cp.hstack(
+        [cp.log_sum_exp(s), cp.norm(s), cp.max(s), cp.sum_squares(s), cp.norm1(s), cp.sum(s)]
+    ),
+    "conv of a column": deprecated(
+        lambda: cp.conv(np.array([1.0, -2.0, 0.5]), cp.reshape(v, (4, 1), order="F"))
+    ),
     "power -2": cp.power(u, -2),
     "power -3": cp.power(u, -3),
     "power 0": cp.power(u, 0),
@@ -624,6 +630,18 @@ def test_a_logarithm_is_started_inside_its_domain(solver):
     )
 
 
+@pytest.mark.parametrize("solver", CONVEX)
+def test_a_reciprocal_stays_in_its_domain(solver):
+    """1 / x goes on below zero, where inv_pos is not defined: the objective would have no minimum there."""
+    x, p = cp.Variable(2, name="x"), cp.Parameter(2, name="p")
+    problem = cp.Problem(cp.Minimize(cp.sum(cp.inv_pos(np.array([[1.0, 0.5], [0.0, 1.0]]) @ x + 1)) + p @ x))
+    imported = ddn.from_cvxpy(problem, [p], [x])
+    solution = ddn.solve(imported, {"p": torch.tensor([1.0, 2.0])}, solver=solver)
+    p.value = np.array([1.0, 2.0])
+    problem.solve(**TIGHT)
+    np.testing.assert_allclose(solution["x"], x.value, atol=1e-6)
+
+
 def test_problems_that_are_not_dcp_are_taken_too():
     x, p = cp.Variable(2, name="x"), cp.Parameter(name="p")
     problem = cp.Problem(cp.Minimize(cp.square(1 - x[0]) + p * cp.square(x[1] - cp.square(x[0]))))
@@ -729,6 +747,7 @@ PROBLEM = cp.Problem(cp.Minimize(cp.sum_squares(u - a)))
         refused("CVXPY's atom 'ceil' in 'ceil", minimised(cp.ceil(s))),
         refused("the threshold of .* is a parameter", minimised(cp.huber(s, q0), parameters=[q0])),
         refused("is a geo_mean with a zero weight", minimised(-cp.geo_mean(u, [1, 0, 1]))),
+        refused("'1j' is complex; expected real numbers", minimised(cp.abs(s + cp.Constant(1j)))),
         refused(
             "the constraint label 'domain0' is a name that is given to Promote",
             minimised(cp.sum(cp.power(u - 1, 3)), (u >= 0).set_label("domain0")),

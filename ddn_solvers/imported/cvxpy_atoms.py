@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ddn_solvers.arrays import Array
 from ddn_solvers.errors import ProblemError
 from ddn_solvers.imported.formula import FormulaBuilder, Operation
 from ddn_solvers.layout import Shape
@@ -285,17 +286,17 @@ def _trace(X: torch.Tensor) -> torch.Tensor:
     return X.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
-def _convolution(c: torch.Tensor, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def _convolution(c: torch.Tensor, x: torch.Tensor, positions: torch.Tensor, shape: Shape) -> torch.Tensor:
     """c * x as the Toeplitz matrix of c times x."""
     padded = torch.cat([c.reshape(-1), torch.zeros(1, dtype=torch.float64)])
-    return padded[positions] @ x.reshape(-1)
+    return (padded[positions] @ x.reshape(-1)).reshape(shape)
 
 
 def _convolution_rule(atom: Atom) -> tuple[Operation, dict[str, Any]]:
     m, n = (math.prod(argument.shape) for argument in atom.args)
     lag = np.arange(m + n - 1)[:, None] - np.arange(n)
     positions = np.where((lag >= 0) & (lag < m), lag, m)
-    return _convolution, {"positions": torch.from_numpy(positions)}
+    return _convolution, {"positions": torch.from_numpy(positions), "shape": tuple(atom.shape)}
 
 
 def _cumulative(x: torch.Tensor, dim: int | None) -> torch.Tensor:
@@ -363,9 +364,15 @@ def lowered(builder: FormulaBuilder, expression: Any, names: Mapping[int, str]) 
             places[id(node)] = builder.argument(names[node.id])
         else:  # whatever it is made of, CVXPY knows its value
             constant.add(id(node))
-            value = node.value
-            places[id(node)] = builder.constant(value.toarray() if hasattr(value, "toarray") else value)
+            places[id(node)] = builder.constant(_number(node))
     return places[id(expression)]
+
+
+def _number(expression: Any) -> Array:
+    value = expression.value
+    if np.iscomplexobj(value):
+        raise ProblemError(f"{quoted(expression)} is complex", expected="real numbers")
+    return value.toarray() if hasattr(value, "toarray") else np.asarray(value, dtype=np.float64)
 
 
 def _rule(atom: Atom) -> tuple[Operation, dict[str, Any]]:

@@ -8,7 +8,6 @@ lower <= u <= upper         what the variables' attributes and the domains of th
 from __future__ import annotations
 
 import keyword
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -41,9 +40,12 @@ SIDES = {
     "NonNeg": "inequality",
     "SOC": "inequality",
 }
-# Atoms with an argument that is some of the entries of theirs, and atoms with an infinite slope where it is zero.
+# Atoms whose entries are entries of their argument, and atoms whose slope is infinite, or which have no value, at the
+# edge of their domain.
 REARRANGEMENTS = ("Promote", "broadcast_to", "index", "reshape", "special_index", "transpose")
-STEEP_AT_EDGE = ("entr", "GeoMean", "GeoMeanApprox", "kl_div", "log", "log1p", "rel_entr")
+NO_SOLUTION_AT_EDGE = frozenset(
+    "entr GeoMean GeoMeanApprox kl_div log log1p Pnorm PnormApprox quad_over_lin rel_entr".split()
+)
 CONES = {
     "PSD": "a semidefinite cone",
     "ExpCone": "an exponential cone",
@@ -68,7 +70,7 @@ def from_cvxpy(problem: Any, parameters: Sequence[Any], variables: Sequence[Any]
 
     Returns:
         A ``Problem`` whose variables and parameters have the shapes and names that they have in CVXPY; one whose
-        name is no Python identifier, or not the only one of its kind, is called ``variable0``,
+        name is no Python identifier, or that another one has too, is called ``variable0``,
         ``parameter1``, ... by its place. Constraints are called by their label, else ``equality0``,
         ``inequality0``, ... by their place among those of their kind. ``nonneg``, ``nonpos``, ``pos``,
         ``neg``, ``bounds``, ``diag`` and ``sparsity`` of a variable are bounds, ``symmetric`` is the equality
@@ -302,7 +304,7 @@ def _domains(problem: Any, names: Mapping[int, str]) -> tuple[dict[int, Array], 
         least = float(np.max(left.value))
         known = least <= 0 and (right.is_nonneg() or id(right) in stated)
         variable, entries = _entries(right)
-        if variable is not None and (not known or _steep_at_edge(atom)):
+        if variable is not None and (not known or _starts_inside(atom)):
             lower = at_least.setdefault(variable.id, np.full(variable.size, -np.inf))
             lower[entries] = np.maximum(lower[entries], least)
         elif variable is None and not known:
@@ -327,14 +329,13 @@ def _required(problem: Any) -> Iterator[tuple[Any, Any, Any]]:
                 yield expression, *constraint.args
 
 
-def _steep_at_edge(atom: Any) -> bool:
-    """Whether no solution lies at the edge of the domain, for the slope is infinite there.
+def _starts_inside(atom: Any) -> bool:
+    """Whether its domain is stated even where a constraint says the same, for solvers that have to begin inside.
 
-    Then its bound can do no harm beside a constraint that says the same, and solvers need it to start inside.
+    It does no harm as long as no solution lies at the edge, where the two would be dependent.
     """
     kind = type(atom).__name__
-    exponent = atom.p.value if kind in ("Power", "PowerApprox") else math.inf
-    return kind in STEEP_AT_EDGE or exponent < 1
+    return kind in NO_SOLUTION_AT_EDGE or (kind in ("Power", "PowerApprox") and atom.p.value < 1)
 
 
 def _entries(expression: Any) -> tuple[Any, Array]:
