@@ -368,7 +368,7 @@ class Search:
     @np.errstate(all="ignore")
     def _tell_undefined(self, given: Array, bound: Bound) -> None:
         """Where log(0) or the like stands where the search begins, no solver gets away from it."""
-        failed = np.flatnonzero([status is Status.NUMERICAL_ERROR for status in self.status])
+        failed = np.flatnonzero([status in _UNEXPLAINED for status in self.status])
         if not failed.size:
             return
         at = self._measured(bound.take(failed), given[failed]).first
