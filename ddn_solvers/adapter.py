@@ -95,6 +95,7 @@ class Feature(enum.Enum):
 
 
 _LATE = "the time limit of the call was reached before this sample"
+_OFF_BOUNDS = 1e-8  # how far off, relative to the size of a variable
 _RAY = 1e10  # an entry beyond this is a ray that was followed, whatever a backend says
 
 
@@ -322,6 +323,7 @@ class Instance:
         return z
 
     def objective(self, z: Array) -> float:
+        """As all of these, next to z where that is on a bound and something is not finite there."""
         return float(self._first_order(z).objective[0])
 
     def gradient(self, z: Array) -> Array:
@@ -354,15 +356,26 @@ class Instance:
         """Hessian of ``objective * f + equality^T h + inequality^T g``, symmetric, (n, n)."""
         weights = np.concatenate([equality, inequality])
         nonzeros = self.program.hessian(z, self.parameters, weights, objective)
+        if not np.isfinite(nonzeros).all():
+            nonzeros = self.program.hessian(self._off_bounds(z), self.parameters, weights, objective)
         return self.program.hessian_pattern.matrix(nonzeros[0])
 
     def _first_order(self, z: Array) -> FirstOrder:
         if not self._last or not np.array_equal(z, self._last[0]):
             if time.monotonic() > self.deadline:
                 raise OutOfTime("time limit reached")
-            self._last[:] = [z.copy(), self.program.first_order(z, self.parameters)]
-        first: FirstOrder = self._last[1]
-        return first
+            first = self.program.first_order(z, self.parameters)
+            if not all(np.isfinite(part).all() for part in vars(first).values()):
+                first = self.program.first_order(self._off_bounds(z), self.parameters)
+            self._last[:] = [z.copy(), first]
+        found: FirstOrder = self._last[1]
+        return found
+
+    def _off_bounds(self, z: Array) -> Array:
+        """Next to z, off its bounds: on them x log(x) has no finite slope, and a method may step there."""
+        room = np.minimum(_OFF_BOUNDS * np.maximum(1.0, np.abs(z)), (self.upper - self.lower) / 2)
+        inside: Array = np.clip(z, self.lower + room, self.upper - room)
+        return inside
 
     def quadratic(self) -> QuadraticForm:
         """The data of an LP or QP (exact there; elsewhere the expansion at z = 0)."""

@@ -922,6 +922,36 @@ def test_kinks_that_are_not_known_are_refused_by_name_at_the_kink_only(name):
             function(three(phi), {"x": on}, kink)
 
 
+# objective, x at which the solution is where torch changes its formula, that solution, du/dx and d^2u/dx^2 there
+AT_A_CHANGE_OF_FORMULA = {
+    "logaddexp": (lambda u, x: torch.logaddexp(u, x) - u / 2, 0.7, 0.7, 1.0, 0.0),
+    "logaddexp2": (lambda u, x: torch.logaddexp2(u, x) - u / 2, 0.7, 0.7, 1.0, 0.0),
+    "logits": (
+        lambda u, x: F.binary_cross_entropy_with_logits(u, x),
+        0.5,
+        0.0,
+        4.0,
+        0.0,
+    ),  # u = log(x / (1 - x))
+    "sinc": (lambda u, x: -torch.sinc(u - x), 0.3, 0.3, 1.0, 0.0),
+    "fmod": (lambda u, x: (torch.fmod(u, 10) - x).square(), 0.0, 0.0, 1.0, 0.0),
+    "isfinite": (lambda u, x: torch.where(torch.isfinite(u), (u - x.sin()).square(), 0), 0.0, 0.0, 1.0, 0.0),
+}
+
+
+@pytest.mark.parametrize("name", AT_A_CHANGE_OF_FORMULA)
+def test_a_smooth_function_is_no_kink_where_its_formula_changes(name):
+    objective, at, expected, slope, curvature = AT_A_CHANGE_OF_FORMULA[name]
+    x = number(at).requires_grad_()
+    s = ddn.solve(ddn.Problem({"u": ()}, {"x": ()}, objective), {"x": x}, initial=number(expected) + 0.1)
+    close(s["u"], number(expected))
+    assert s.certificate.ok
+    close(torch.autograd.grad(s["u"], x, retain_graph=True)[0], number(slope), 1e-8)
+    if name != "sinc":  # of which torch has no second derivative at zero
+        (first,) = torch.autograd.grad(s["u"], x, create_graph=True)
+        close(torch.autograd.grad(first, x)[0], number(curvature), 1e-7)
+
+
 # -- found with these tests -------------------------------------------------------------------------------------------
 
 

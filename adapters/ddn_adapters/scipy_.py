@@ -115,7 +115,8 @@ class _Objective:
         self.instance, z = instance, instance.initial
         self._none = np.zeros(instance.program.equality.size), np.zeros(instance.program.inequality.size)
         slope = np.abs(instance.gradient(z)).max(initial=0.0)
-        curvature = np.abs(instance.hessian(z, *self._none).data).max(initial=0.0)
+        at_start = instance.program.hessian(z, instance.parameters, np.concatenate(self._none))
+        curvature = np.abs(at_start).max(initial=0.0)
         unit = float(max(slope, curvature * max(1.0, np.abs(z).max(initial=0.0))))
         self.unit = unit if np.isfinite(unit) and unit > 0 else 1.0
 

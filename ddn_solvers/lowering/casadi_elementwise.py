@@ -227,41 +227,33 @@ def log_ndtr(x: Any) -> Any:
 
 @lowers("xlogy", "special_xlogy")
 def xlogy(call: Call, x: Any, y: Any) -> Any:
-    undefined, log = _guarded_log(*call.columns(x, y))
-    return _times_log(call, x, undefined, log)
+    return _times_log(call, x, y, ca.log, 1)
 
 
 @lowers("special_xlog1py")
 def xlog1py(call: Call, x: Any, y: Any) -> Any:
-    a, b = call.columns(x, y)
-    undefined = ca.logic_and(a == 0, b <= -1)
-    return _times_log(call, x, undefined, ca.log1p(ca.if_else(undefined, 0, b)))
+    return _times_log(call, x, y, ca.log1p, 0)
 
 
 @lowers("special_entr")
 def entr(call: Call, x: Any) -> Any:
-    (a,) = call.columns(x)
-    undefined, log = _guarded_log(a, a)
-    return ca.if_else(a < 0, -math.inf, -_times_log(call, x, undefined, log))
+    negative = column(x) < 0
+    return ca.if_else(negative, -math.inf, -_times_log(call, x, x, ca.log, 1))
 
 
-def _guarded_log(x: Any, y: Any) -> tuple[Any, Any]:
-    """Where x log(y) is 0 times a logarithm that does not exist, and the logarithm, zero there."""
-    undefined = ca.logic_and(x == 0, y <= 0)
-    return undefined, ca.log(ca.if_else(undefined, 1, y))
+def _times_log(call: Call, factor: Any, argument: Any, log: Function, root: float) -> Any:
+    """factor * log(argument), zero where that is 0 log(0); ``root`` is that of ``log``, one above where it ends.
 
-
-def _times_log(call: Call, factor: Any, undefined: Any, log: Any) -> Any:
-    """``factor * log``, zero where undefined; its slope in a factor that varies is minus infinity there.
-
-    A factor that is a parameter and zero leaves nothing to differentiate: x log(y) is zero for every y.
+    The slope in a factor that varies is minus infinity there. A factor that is a parameter and zero leaves nothing to
+    differentiate: 0 log(y) is zero for every y.
     """
-    (x,) = call.columns(factor)
-    product = x * log
+    x, y = call.columns(factor, argument)
+    undefined = ca.logic_and(x == 0, y <= root - 1)
+    product = x * log(ca.if_else(undefined, root, y))
     if not isinstance(factor, Tensor) or not factor.varies:
         return product
-    # The root is zero there as well, and is the one function of CasADi's that has an infinite slope where it has a
-    # value. Elsewhere it is that of 1, whose derivatives are finite, so that nothing remains of them times zero.
+    # A square root is zero there as well, and infinitely steep. Elsewhere it is that of 1, with finite derivatives, so that
+    # nothing of them remains times zero.
     return product - undefined * ca.sqrt(ca.if_else(undefined, x, 1))
 
 
