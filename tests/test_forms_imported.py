@@ -207,7 +207,7 @@ def test_an_expression_has_the_values_that_cvxpy_computes(name):
 
 # --- problems of CVXPY: points and gradients ---------------------------------------------------------------------
 
-RNG = np.random.default_rng(11)
+RNG = np.random.default_rng(12)
 
 
 def seeded(make):
@@ -215,7 +215,7 @@ def seeded(make):
 
     @functools.wraps(make)
     def fresh():
-        RNG.bit_generator.state = np.random.default_rng(11).bit_generator.state
+        RNG.bit_generator.state = np.random.default_rng(12).bit_generator.state
         return make()
 
     return fresh
@@ -415,11 +415,8 @@ def gradient_of(problem, values, weights, solver, initial=None):
 
 
 # What a problem needs besides the defaults: how far to step in differences, backends that cannot take it.
-STEP = {domains: 5e-2}  # CVXPY finds its point to 1e-8 only
-NOT_BY = {
-    (readme_of_cvxpylayers, "newton"),  # does not get past the kinks
-    (entropy, "scipy:SLSQP"),  # starts where the slope is infinite
-}
+STEP = {domains: 5e-2, entropy: 2e-3, huber_fit: 2e-3}  # CVXPY finds its point to 1e-8 only, and not always
+NOT_BY = {(readme_of_cvxpylayers, "newton")}  # does not get past the kinks
 CASES = [(make, solver) for make in CVXPY_PROBLEMS for solver in CONVEX if (make, solver) not in NOT_BY]
 
 
