@@ -154,7 +154,7 @@ class _Newton:
         self._steps = np.zeros(batch, dtype=np.intp)
         self._factored: _Factored | None = None
         self._whole: _Factored | None = None
-        self.open = _computable(best)
+        self.open = computable(best)
 
     @property
     def polished(self) -> Polished:
@@ -179,7 +179,7 @@ class _Newton:
         samples = np.flatnonzero(self.open) if factored is None else factored.samples
         active, before, going = self._working.take(samples), self._best.take(samples), self.open[samples]
         here = settled(before, active)
-        undefined = going & ~_computable(here)
+        undefined = going & ~computable(here)
         if undefined.any():  # at the zero of a norm that holds nothing, or where a function overflows
             self.open[samples[undefined]] = False
             return
@@ -238,7 +238,7 @@ class _Newton:
         self.open[samples], self._predicted[samples] = False, np.inf
 
 
-def _computable(evaluation: Evaluation) -> Mask:
+def computable(evaluation: Evaluation) -> Mask:
     """Samples in which a step can be taken: residuals, and squares of derivatives, are finite."""
     squares = np.isfinite(evaluation.reach).all(axis=1) & np.isfinite(evaluation.force[:, 0] ** 2)
     found: Mask = np.isfinite(evaluation.scaled) & squares

@@ -19,7 +19,15 @@ from ddn_solvers.active_set import ActiveSet, identify, off_kinks, settled
 from ddn_solvers.arrays import Array, Index, Mask, without_symmetry
 from ddn_solvers.kkt.curvature import curvature, descends, surely_minimal, vanishing
 from ddn_solvers.kkt.multipliers import NEARLY_ON_KINK, canonical_multipliers
-from ddn_solvers.kkt.polish import Polished, bound_multipliers, kkt_system, polish, put, put_evaluation
+from ddn_solvers.kkt.polish import (
+    Polished,
+    bound_multipliers,
+    computable,
+    kkt_system,
+    polish,
+    put,
+    put_evaluation,
+)
 from ddn_solvers.kkt.system import System
 from ddn_solvers.pieces import Kink
 from ddn_solvers.policy import Policy
@@ -223,7 +231,8 @@ def _unsettled(
     curved = np.where(active.fixed | (curved == 0), np.inf, curved)
     flat = curved.min(axis=1, initial=np.inf) < _FAINT * evaluation.force[:, 0]
     flat |= active.n <= _FEW  # all of them may be flat at once, with nothing to compare them with
-    doubtful = np.flatnonzero((flat | (condition > 1 / _FAINT)) & ~singular & np.isfinite(evaluation.scaled))
+    solved = computable(evaluation) & (evaluation.scaled_feasibility <= policy.accuracy) & ~singular
+    doubtful = np.flatnonzero((flat | (condition > 1 / _FAINT)) & solved)
     if not doubtful.size:
         return found
     here = evaluation.take(doubtful)
