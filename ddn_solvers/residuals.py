@@ -419,6 +419,7 @@ class Evaluation:
         return found
 
     @cached_property
+    @np.errstate(all="ignore")  # the coefficients of a failed sample may be infinite
     def length(self) -> Array:
         """Of the numbers of which an LP or QP is made, seen as points, the largest, (B,); 1 where there is none.
 
@@ -436,17 +437,16 @@ class Evaluation:
         at_zero = first.objective - ((first.gradient - bends / 2) * z).sum(axis=1)
         at_zero = _significant(at_zero, ((np.abs(q) + bending) * far).sum(axis=1))
         steepest, most, rows = _largest(q), _largest(curvature), self.row_norms
-        with np.errstate(all="ignore"):
-            lengths = [
-                *(
-                    _largest(np.where(np.isfinite(side), side, 0.0))
-                    for side in (self.bound.lower, self.bound.upper)
-                ),
-                _largest(np.where(rows > 0, offset / rows, 0.0)),
-                _largest(np.where(curvature != 0, q / curvature, 0.0)),
-                np.where(most > 0, np.sqrt(2 * np.abs(at_zero) / most), 0.0),
-                np.where((most == 0) & (steepest > 0), np.abs(at_zero) / steepest, 0.0),
-            ]
+        lengths = [
+            *(
+                _largest(np.where(np.isfinite(side), side, 0.0))
+                for side in (self.bound.lower, self.bound.upper)
+            ),
+            _largest(np.where(rows > 0, offset / rows, 0.0)),
+            _largest(np.where(curvature != 0, q / curvature, 0.0)),
+            np.where(most > 0, np.sqrt(2 * np.abs(at_zero) / most), 0.0),
+            np.where((most == 0) & (steepest > 0), np.abs(at_zero) / steepest, 0.0),
+        ]
         length = np.maximum.reduce(lengths)
         found: Array = np.where((length > 0) & np.isfinite(length), length, 1.0)
         return found

@@ -276,3 +276,14 @@ def test_a_function_that_changes_what_it_captures_is_named():
     for _ in range(2):
         solution = ddn.solve(problem, {"x": torch.ones(2, dtype=torch.float64)})
         assert torch.allclose(solution["u"], torch.ones(2, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("solver", ["auto", "casadi:ipopt", "clarabel"])
+def test_a_coefficient_that_is_infinite_fails_its_sample_without_a_warning(solver: str) -> None:
+    """log(0) of a parameter in the matrices of a QP."""
+    problem = ddn.Problem(
+        {"u": (2,)}, {"x": (2,)}, lambda u, x: (u * x.log()).square().sum(), bounds={"u": (0, 1)}
+    )
+    x = torch.tensor([[0.0, 1.0], [1.0, 2.0]], dtype=torch.float64)
+    solution = ddn.solve(problem, {"x": x}, solver=solver, policy=ddn.Policy(on_failure="mask"))
+    assert solution.status == (ddn.Status.NUMERICAL_ERROR, ddn.Status.OPTIMAL)
