@@ -24,6 +24,7 @@ from ddn_solvers.pieces import spread
 from ddn_solvers.residuals import Evaluation
 
 _NO_SLACK = 1e-12  # scaled slack that is rounding
+_REACHED = 1e-9  # residual of a kink, relative to the size of the variables, that is rounding
 _AT_ZERO = 1e-6  # scaled length of a vector, or lack of force, within which its norm counts as zero
 
 
@@ -184,6 +185,28 @@ def off_kinks(evaluation: Evaluation, active: ActiveSet) -> tuple[Evaluation, Ac
     sides[:, kinks] = weak[:, kinks] = False
     none = np.zeros_like(on)
     return _on_pieces(evaluation, shares, none), replace(active, sides=sides, weak=weak)
+
+
+def entangled(evaluation: Evaluation) -> Mask:
+    """Samples with a kink that pushes, is reached, and moves only with another one that is reached as well, (B,).
+
+    As of relu(|u| - x) at u = x = 0: which side each is on depends on the other, and no row of the first says so.
+    """
+    point, program = evaluation.point, evaluation.program
+    found = np.zeros(len(point.z), dtype=bool)
+    if program.pieces is None:
+        return found
+    kinks, reached = slice(program.constraints, None), _REACHED * evaluation.size.max(axis=1, keepdims=True)
+    still = (evaluation.row_norms[:, kinks] == 0) & (np.abs(evaluation.kink_residuals) <= reached)
+    still &= evaluation.kink_weights > 0
+    some = np.flatnonzero(still.any(axis=1) & ((point.pieces == 0) & ~still).any(axis=1))
+    if not some.size:
+        return found
+    here = evaluation.take(some)
+    off = np.where(here.point.pieces == 0, 1.0, here.point.pieces)
+    there = Evaluation.at(program, here.bound, replace(here.point, pieces=off))
+    found[some] = (still[some] & (there.row_norms[:, kinks] > 0)).any(axis=1)
+    return found
 
 
 def fixed_by_bounds(evaluation: Evaluation) -> Mask:

@@ -544,3 +544,23 @@ def test_a_ball_without_a_radius_keeps_its_multiplier():
     assert solution.residuals.stationarity < 1e-9
     assert solution.dual.inequality["inequality0"] > 2**0.5 - 1e-6
     assert not solution.certificate.ok
+
+
+ENTANGLED = {
+    "relu of |u|": lambda u, x: torch.relu(u.abs() - x),
+    "largest of three": lambda u, x: torch.stack([u - x, -u - x, 0 * u]).max(),
+}
+
+
+@pytest.mark.parametrize("solver", ["auto", "casadi:ipopt", "cvxpy:CLARABEL"])
+@pytest.mark.parametrize("name", ENTANGLED)
+def test_kinks_that_hang_on_each_other_have_no_derivative(name, solver):
+    """At x = 0 the slope is 1 to the right and 0 to the left, and no row tells on which side the outer kink is."""
+    problem = ddn.Problem({"u": ()}, {"x": ()}, lambda u, x: ENTANGLED[name](u, x) + 0.5 * (u - x) ** 2)
+    x = torch.tensor([-0.2, 0.0, 0.3], dtype=D, requires_grad=True)
+    solution = ddn.solve(problem, {"x": x}, solver=solver)
+    close(solution["u"], x.clamp(min=0))
+    assert solution.certificate.ok.tolist() == [True, False, False]  # the last is weakly active
+    with pytest.warns(ddn.DegeneracyWarning):
+        (gradient,) = torch.autograd.grad(solution["u"].sum(), x)
+    close(gradient[[0, 2]], torch.tensor([0.0, 1.0], dtype=D))

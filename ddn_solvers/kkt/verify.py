@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddn_solvers.active_set import ActiveSet, identify, off_kinks, settled
+from ddn_solvers.active_set import ActiveSet, entangled, identify, off_kinks, settled
 from ddn_solvers.arrays import Array, Index, Mask, without_symmetry
 from ddn_solvers.kkt.curvature import curvature, descends, surely_minimal, vanishing
 from ddn_solvers.kkt.multipliers import NEARLY_ON_KINK, canonical_multipliers
@@ -174,6 +174,7 @@ def judge(polished: Polished, policy: Policy, dtype: torch.dtype, minimum: bool 
     if lost.size:
         alone = _without_pull(evaluation.take(lost), active.take(lost), gone[lost])
         stationarity[lost], singular[lost], decides[lost] = alone.scaled_stationarity, True, True
+    singular |= entangled(evaluation)
     system = polished.system if np.array_equal(polished.working.sides, active.sides) else None
     singular |= _unsettled(evaluation, active, singular, condition, policy, system)
     nearby = None if singular.any() else system
