@@ -343,6 +343,15 @@ class Evaluation:
         change = self.J.map(lambda here: self._nearby - here).scaled(np.ones_like(self.reach), size)
         return self._reach(size) < _VANISHING * change.row_norms()
 
+    @property
+    def reach_nearby(self) -> Array:
+        """``reach`` there, (B, m)."""
+        if self._nearby is None:
+            return self.reach
+        there = Matrices(self.functions.jacobian_pattern, self._nearby)
+        found: Array = np.sqrt(there.squared.times(self.size**2))
+        return found
+
     @cached_property
     def _nearby(self) -> Array | None:
         """The Jacobian's nonzeros there; ``None`` where they do not depend on the point."""

@@ -564,3 +564,32 @@ def test_kinks_that_hang_on_each_other_have_no_derivative(name, solver):
     with pytest.warns(ddn.DegeneracyWarning):
         (gradient,) = torch.autograd.grad(solution["u"].sum(), x)
     close(gradient[[0, 2]], torch.tensor([0.0, 1.0], dtype=D))
+
+
+BALL = ddn.Problem(
+    {"u": (3,)},
+    {"x": (3,), "r": ()},
+    lambda u, x: 0.5 * (u - x).square().sum(),
+    inequality=lambda u, r: u.norm() - r,
+)
+
+
+@pytest.mark.parametrize("radius", [1.0, 1e-2])
+def test_a_norm_that_is_left_is_a_norm_again(radius):
+    """From the zero of |u|, warm or cold: on the piece of that zero |u| is zero wherever u goes, and no row."""
+    x, r = torch.tensor([1.0, 0.3, -0.7], dtype=D), number(radius)
+    at_zero = ddn.solve(BALL, {"x": 0 * x, "r": r})
+    for solution in (
+        ddn.solve(BALL, {"x": 3 * x, "r": r}, warm_start=at_zero),
+        ddn.solve(BALL, {"x": 3 * x, "r": r}),
+    ):
+        close(solution["u"], radius * x / x.norm())
+        assert solution.certificate.ok
+    two = ddn.Problem(
+        {"u": (4,)},
+        {"x": (4,)},
+        lambda u, x: 0.5 * (u - x).square().sum(),
+        inequality=[lambda u: u[:2].norm() - 0.01, lambda u: u[2:].norm() - 1],
+    )
+    found = ddn.solve(two, {"x": torch.ones(4, dtype=D)})["u"]
+    close(found, torch.tensor([0.01, 0.01, 1.0, 1.0], dtype=D) / 2**0.5)

@@ -510,3 +510,71 @@ def test_an_unbounded_problem_is_not_solved_at_a_weakly_active_bound():
     with pytest.raises(ddn.SolveError) as refused:
         ddn.solve(problem, {"x": torch.tensor(1.0, dtype=D)})
     assert refused.value.solution.status == (ddn.Status.UNBOUNDED,)
+
+
+def test_a_flat_minimum_is_one_in_any_batch():
+    problem = ddn.Problem(
+        {"u": (2,)},
+        {"x": (), "c": ()},
+        lambda u, x, c: (u[0] - x) ** 4 + c * (u[0] - x) ** 2 + (u[1] - x) ** 2,
+    )
+    x, c = torch.full((2,), 0.3, dtype=D), torch.tensor([0.0, 1.0], dtype=D)
+    assert not ddn.solve(problem, {"x": x[0], "c": c[0]}).certificate.ok
+    assert ddn.solve(problem, {"x": x, "c": c}).certificate.ok.tolist() == [False, True]
+
+
+REGULAR = {
+    "a steep valley": (lambda u, x: 1e5 * (u[1] - u[0] ** 2) ** 2 + (x[0] - u[0]) ** 2, [1.0, 0.0]),
+    "a steep ring": (
+        lambda u, x: 1e6 * (u.square().sum() - 1) ** 2 + 0.5 * (u - x).square().sum(),
+        [1.0, 0.5],
+    ),
+    "a rounded corner": (
+        lambda u, x: (u**2 + 1e-12).sqrt().sum() + 0.5 * (u - x).square().sum(),
+        [0.5, -0.3],
+    ),
+    "a small unit": (lambda u, x: (1e6 * u).exp().sum() - 1e6 * (x * u).sum(), [2.0, 3.0]),
+    "close to a norm's zero": (lambda u, x: 0.5 * (u - x).square().sum() + u.norm(), [0.60006, 0.80008]),
+}
+
+
+@pytest.mark.parametrize("name", REGULAR)
+def test_strong_curvature_is_not_chance(name):
+    """Solved to rounding, where the matrix a millionth away is another one: the derivative exists all the same."""
+    objective, values = REGULAR[name]
+    problem = ddn.Problem({"u": (2,)}, {"x": (2,)}, objective)
+    x, step = torch.tensor(values, dtype=D, requires_grad=True), 1e-6
+    solution = ddn.solve(problem, {"x": x})
+    assert solution.certificate.ok
+    (gradient,) = torch.autograd.grad(solution["u"].sum(), x)
+    ends = [
+        ddn.solve(problem, {"x": x.detach() + s * step * torch.eye(2, dtype=D)})["u"].sum(-1) for s in (1, -1)
+    ]
+    torch.testing.assert_close(gradient, (ends[0] - ends[1]) / (2 * step), rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", ["equality", "inequality"])
+@pytest.mark.parametrize("solver", ["auto", "casadi:ipopt", "scipy:SLSQP"])
+def test_a_small_ball_far_from_the_origin(solver, kind):
+    """Its row is short, not vanishing; and multipliers of an interior point made its middle look like a solution."""
+    sides = {kind: lambda u: (u - 1).square().sum() - 1e-8}
+    problem = ddn.Problem({"u": (3,)}, {"x": (3,)}, lambda u, x: 0.5 * (u - x).square().sum(), **sides)
+    d = torch.tensor([1.0, 2.0, 3.0], dtype=D) / 14**0.5
+    solution = ddn.solve(problem, {"x": 1 + 2e-4 * d}, solver=solver, initial=1 + 1.3e-4 * d)
+    torch.testing.assert_close(solution["u"], 1 + 1e-4 * d, rtol=0, atol=1e-12)
+
+
+def test_a_short_step_from_a_huge_multiplier_is_no_solution():
+    """The step was 6e-11 and the multiplier fell from 2e6 to 1: the next one would have been long."""
+    a = 1e-4
+    problem = ddn.Problem(
+        {"u": (2,)},
+        {"x": (2,)},
+        lambda u, x: (u - x).square().sum(),
+        equality=lambda u: u[0] * u[1] - a**2,
+        bounds={"u": (0.0, None)},
+    )
+    x, start = torch.tensor([2.0, 0.8], dtype=D) * a, torch.tensor([2.0, 0.5], dtype=D) * a
+    solution = ddn.solve(problem, {"x": x}, initial=start)
+    torch.testing.assert_close(solution["u"] / a, torch.tensor([1.9242949284, 0.5196708598], dtype=D))
+    assert solution.residuals.stationarity < 1e-12

@@ -27,6 +27,7 @@ _CONVERGED = 1e-9  # relative step after which, the convergence being quadratic,
 _QUADRATIC = 1e-3  # by which a step near the solution at least lowers the residual
 _ROUNDING = 1e-13  # relative size of a step that is not worth taking
 _EXACT = 1e-12  # at points with no scaled residual above this
+_FELT = 1e-8  # force of a multiplier, relative to the largest, that changes something
 _SIGN = 1e-11  # scaled slack or multiplier that counts as negative
 # How many sides may join or leave the active set in each step of a tentative sample: a share of those of the step before,
 # or so few. Measured on bounded regulators and smoothed signals: what settles more slowly takes longer than a solver.
@@ -106,18 +107,22 @@ def polish(
 
 
 def _without_slack_forces(evaluation: Evaluation) -> Evaluation:
-    """The points without multipliers of inequalities that have slack, which would pull at kinks in these.
+    """The points without multipliers of inequalities that have slack, where these would be felt.
 
-    At u = 0, where |u| <= 1 has no gradient, such a multiplier would hold u and be seen nowhere.
+    At u = 0, where |u| <= 1 has no gradient, such a multiplier would hold u and be seen nowhere; and in H it makes every
+    step short, so that a point far inside of a small ball would look like a solution.
     """
     program, point = evaluation.program, evaluation.point
-    if program.pieces is None:
+    if program.quadratic:
         return evaluation
     idle = ~identify(evaluation, 0.0).constraints & (point.y != 0)
     idle[:, program.constraints :] = False
+    if program.pieces is None:
+        idle &= np.abs(point.y) * evaluation.reach > _FELT * evaluation.force
     if not idle.any():
         return evaluation
-    return Evaluation.at(program, evaluation.bound, replace(point, y=np.where(idle, 0.0, point.y)))
+    point = replace(point, y=np.where(idle, 0.0, point.y))
+    return Evaluation(program, evaluation.bound, point, evaluation.first)
 
 
 @dataclass(frozen=True)
@@ -221,8 +226,9 @@ class _Newton:
         )
         self._best = put_evaluation(self._best, samples, tried, better)
         self._near[samples] = quadratic | (better & (tried.scaled <= _QUADRATIC * before.scaled))
-        enough = min(_CONVERGED, self._policy.accuracy)
-        self.open[samples] = changed | (better & (self._predicted[samples] > enough))
+        accuracy = self._policy.accuracy
+        far = (self._predicted[samples] > min(_CONVERGED, accuracy)) | (tried.scaled > accuracy)
+        self.open[samples] = changed | (better & far)
         if self._tentative:
             moving = (corrected.sides != active.sides).sum(axis=1)
             self._give_up(samples[changed & (moving > np.maximum(self._allowed[samples], _FEW))])
@@ -287,8 +293,21 @@ def _newton_step(here: Evaluation, active: ActiveSet, system: System) -> _Step:
 
 def _taken(here: Evaluation, active: ActiveSet, step: _Step) -> Evaluation:
     """The points after a step."""
-    moved = here.moved(replace(here.point, z=step.z, y=step.y))
+    moved = _off_zeros(here.moved(replace(here.point, z=step.z, y=step.y)), active)
     return moved.with_bounds_pushing(*bound_multipliers(moved, active))
+
+
+def _off_zeros(evaluation: Evaluation, active: ActiveSet) -> Evaluation:
+    """The points off the zero of norms that they have left: on its piece a norm is zero wherever the point goes."""
+    point, program = evaluation.point, evaluation.program
+    if program.pieces is None:
+        return evaluation
+    kinks = kink_sides(evaluation)
+    left = (point.pieces == 0) & ~program.numbers & ~active.sides[:, kinks]
+    left &= evaluation.scaled_slack[:, kinks] > _SIGN
+    if not left.any():
+        return evaluation
+    return evaluation.moved(replace(point, pieces=np.where(left, 1.0, point.pieces)))
 
 
 def bound_multipliers(evaluation: Evaluation, active: ActiveSet) -> tuple[Array, Array]:

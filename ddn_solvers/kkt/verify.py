@@ -39,7 +39,9 @@ _ON_KINK = 1e-8  # |residual| / max(1, |z|) that counts as sitting on a kink, on
 _UNBALANCED = 1e-2  # scaled stationarity that no small step excuses
 _FAINT = 1e-4  # curvature relative to the forces, or reciprocal of the condition, from which on it may be that of chance
 _FEW = 8  # variables
-_OTHER = 0.5  # relative change of the inverse over the accuracy that makes it so
+# How much farther off, over the predicted step, and at least; and the relative change of the inverse that makes it so.
+_FARTHER, _EXACT, _OTHER = 10.0, 1e-12, 0.5
+_BEYOND = 1e2  # force of a multiplier where its row does not vanish, relative to those of the objective
 _NEAR_KINK = 1e-2  # and as possibly the reason why a point is not stationary
 
 
@@ -168,16 +170,16 @@ def judge(polished: Polished, policy: Policy, dtype: torch.dtype, minimum: bool 
     tolerance = np.maximum(policy.activity_tolerance(dtype), 10 * evaluation.scaled)
     tolerance = np.where(np.isfinite(tolerance), tolerance, 0.0)
     evaluation, active, singular, condition = _established(evaluation, tolerance, polished, policy)
-    kinks = _kinks(evaluation)
+    kinks, feasibility = _kinks(evaluation), np.fmax(feasibility, evaluation.scaled_feasibility)
     gone = vanishing(evaluation, active)
     lost = np.flatnonzero(gone.any(axis=1))
     if lost.size:
         alone = _without_pull(evaluation.take(lost), active.take(lost), gone[lost])
         stationarity[lost], singular[lost], decides[lost] = alone.scaled_stationarity, True, True
     singular |= entangled(evaluation)
-    system = polished.system if np.array_equal(polished.working.sides, active.sides) else None
-    singular |= _unsettled(evaluation, active, singular, condition, policy, system)
-    nearby = None if singular.any() else system
+    singular |= _unsettled(evaluation, active, singular, condition, predicted, policy)
+    reusable = not singular.any() and np.array_equal(polished.working.sides, active.sides)
+    nearby = polished.system if reusable else None
     convex = nearby is not None and program.quadratic and nearby.convex
     asked = minimum and program.may_be_nonconvex
     bent = _descending(evaluation, active, convex) if asked else np.zeros(batch, dtype=bool)
@@ -216,14 +218,14 @@ def _unsettled(
     active: ActiveSet,
     singular: Mask,
     condition: Array,
+    predicted: Array,
     policy: Policy,
-    known: System | None,
 ) -> Mask:
     """Regular samples whose KKT matrix is another at points as good as these: what its inverse says is then chance.
 
     So it is at the minimum of u^4, or where two circles touch. K^-1 (K' - K) is estimated along the direction that K^-1
-    enlarges most, K' being the matrix a distance ``accuracy`` away; only where the curvature of some variable, or K as a
-    whole, gives reason to. ``known`` is the system of all samples with this active set, if there is one.
+    enlarges most, K' being the matrix farther off than the solution can be by the ``predicted`` step; only where the
+    curvature of some variable, or K as a whole, gives reason to.
     """
     found = np.zeros(len(singular), dtype=bool)
     if evaluation.program.quadratic:
@@ -238,11 +240,10 @@ def _unsettled(
         return found
     here = evaluation.take(doubtful)
     sign = np.sign(without_symmetry(active.n))
-    moved = replace(here.point, z=here.point.z + policy.accuracy * here.own_size * sign)
+    far = np.clip(_FARTHER * predicted[doubtful], _EXACT, policy.accuracy)[:, None]
+    moved = replace(here.point, z=here.point.z + far * here.size * sign)
     there = here.at_known(moved, Evaluation.at(here.program, here.bound, moved).first)
-    system = known
-    if system is None or len(doubtful) < len(singular):
-        system = kkt_system(here, active.take(doubtful), linear_solver=policy.linear_solver)
+    system = kkt_system(here, active.take(doubtful), linear_solver=policy.linear_solver)
     n, force, reach = active.n, here.force, here.reach
     v, vector = np.zeros_like(here.size), without_symmetry(n + reach.shape[1])
     x, t = _solved(system, vector[:n] * force / here.size, vector[n:] * reach, v)
@@ -268,6 +269,11 @@ def _without_pull(evaluation: Evaluation, active: ActiveSet, gone: Mask) -> Eval
     pushes those all the same.
     """
     pattern = evaluation.functions.jacobian_pattern
+    alone = evaluation.at_known(
+        replace(evaluation.point, y=np.zeros_like(evaluation.point.y)), evaluation.first
+    )
+    # A row that is merely short, as that of a small ball far from the origin, has a multiplier in proportion.
+    gone = gone & (np.abs(evaluation.point.y) * evaluation.reach_nearby > _BEYOND * alone.force)
     free = ~active.fixed[:, pattern.columns]
     pull, point = gone[:, pattern.indices] & free, evaluation.point
     point = replace(point, y=np.where(evaluation.vanishing & gone, 0.0, point.y))
