@@ -204,3 +204,18 @@ def test_on_cuda():
     plan = entropic_transport(C, epsilon=0.3)
     plan.square().sum().backward()
     torch.testing.assert_close(plan.cpu(), entropic_transport(C.detach().cpu(), epsilon=0.3))
+
+
+def test_gradients_of_a_batch_of_many_points_on_several_threads():
+    """torch's batched LU with two threads is wrong from 150 rows on, or never returns."""
+    cost = torch.rand(2, 170, 170, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            given = cost.clone().requires_grad_()
+            plan = entropic_transport(given, epsilon=0.5)
+            found.append(torch.autograd.grad((plan * cost.sin()).sum(), given)[0])
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-14)

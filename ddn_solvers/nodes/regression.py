@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from ddn_solvers.errors import DegeneracyWarning, ProblemError, warn_caller
-from ddn_solvers.nodes.closed_form import Rule, Tensors, apply, keep, positive, times, working_dtype
+from ddn_solvers.nodes.closed_form import Rule, Tensors, apply, keep, positive, solved, times, working_dtype
 from ddn_solvers.problem import Problem
 
 _ITERATIONS = 100
@@ -171,7 +171,7 @@ class _SphereLeastSquares(Rule):
         self, inputs: Tensors, y: torch.Tensor, cotangent: torch.Tensor, needed: Sequence[bool]
     ) -> tuple[torch.Tensor | None, ...]:
         A, b, r = inputs
-        found = torch.linalg.solve(self._bordered(inputs, y), torch.cat([cotangent, torch.zeros_like(r)], -1))
+        found = solved(self._bordered(inputs, y), torch.cat([cotangent, torch.zeros_like(r)], -1))
         z, nu = found[..., :-1], found[..., -1:]
         fitted, error = times(A, z), b - times(A, y)
         return (
@@ -186,7 +186,7 @@ class _SphereLeastSquares(Rule):
             torch.zeros_like(x) if t is None else t for x, t in zip(inputs, tangents, strict=True)
         )
         right = times(d_A.mT, b - times(A, y)) + times(A.mT, d_b - times(d_A, y))
-        return torch.linalg.solve(self._bordered(inputs, y), torch.cat([right, r * d_r], -1))[..., :-1]
+        return solved(self._bordered(inputs, y), torch.cat([right, r * d_r], -1))[..., :-1]
 
 
 def _secular(s: torch.Tensor, g: torch.Tensor, r: torch.Tensor) -> torch.Tensor:

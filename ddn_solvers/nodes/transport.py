@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from ddn_solvers.errors import ConvergenceWarning, ProblemError, warn_caller
-from ddn_solvers.nodes.closed_form import Rule, Tensors, apply, keep, positive, times, working_dtype
+from ddn_solvers.nodes.closed_form import Rule, Tensors, apply, keep, positive, solved, times, working_dtype
 from ddn_solvers.problem import Problem
 
 _GENTLE = 8.0  # spread of C / eps where Newton's method starts, at h = 0
@@ -62,7 +62,7 @@ class _Potentials(Rule):
         (K, r, c), m = inputs, inputs[1].shape[-1]
         E = _plan_over_masses(K, y[..., :m], y[..., m:])
         v_k, v_h = cotangent[..., :m], cotangent[..., m:]
-        by_columns = torch.linalg.solve(_reduced(E, r, c).mT, v_h - c * times(E.mT, v_k))
+        by_columns = solved(_reduced(E, r, c).mT, v_h - c * times(E.mT, v_k))
         by_rows = v_k - r * times(E, by_columns)
         return (
             E * (torch.stack([by_rows, r], -1) @ torch.stack([c, by_columns], -2)) if needed[0] else None,
@@ -78,7 +78,7 @@ class _Potentials(Rule):
         )
         rows = times(E * d_K, c) - times(E, d_c)
         columns = times((E * d_K).mT, r) - times(E.mT, d_r)
-        d_h = torch.linalg.solve(_reduced(E, r, c), columns - times(E.mT, r * rows))
+        d_h = solved(_reduced(E, r, c), columns - times(E.mT, r * rows))
         return torch.cat([rows - times(E, c * d_h), d_h], -1)
 
 
@@ -121,7 +121,7 @@ class _Dual:
         """The next h, by Newton's step if a part of it helps, else by Sinkhorn's; and the misplaced mass before it."""
         E, filled, value, misplaced = self.at(h)
         X = _reduced(E / filled[:, None, :], self.r, self.c * filled)
-        step = torch.linalg.solve_ex(X, (1 / filled - 1)[..., None])[0][..., 0]
+        step = solved(X, 1 / filled - 1, checked=False)
         # Blocks that almost nothing links shift against each other by huge steps in the right direction.
         step = step * (_LONGEST / step.abs().amax(-1, keepdim=True)).clamp(max=1)
         rise = (self.c * (1 - filled) * step).sum(-1)
