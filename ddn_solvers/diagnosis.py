@@ -52,10 +52,12 @@ def diagnose(program: Program, bound: Bound, z: Array, accuracy: float) -> tuple
 def _feasible(program: Program, bound: Bound, z: Array, accuracy: float) -> bool:
     """Whether a point violates no constraint by more than is rounding beside how it changes there, or nearby."""
     here = _evaluate(program, bound, z)
-    if here.scaled_feasibility[0] <= accuracy:
-        return True
+    if here.scaled_feasibility[0] <= accuracy or program.affine_constraints:
+        return bool(here.scaled_feasibility[0] <= accuracy)
     there = _evaluate(program, bound, z + _NEARBY * here.own_size[0] * without_symmetry(len(z)))
-    reach = np.maximum(here.reach, there.reach)[0, : program.constraints]
+    reach = np.maximum(
+        *(at.J.absolute.times(here.own_size)[0, : program.constraints] for at in (here, there))
+    )
     return bool((np.abs(violation(program, bound, z)) <= accuracy * reach).all())
 
 
