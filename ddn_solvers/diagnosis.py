@@ -37,7 +37,7 @@ def diagnose(program: Program, bound: Bound, z: Array, accuracy: float) -> tuple
         evaluation = _evaluate(program, bound, z)
         if not np.isfinite(evaluation.first.constraints).all():
             return None
-        if evaluation.scaled_feasibility[0] <= accuracy:
+        if not evaluation.scaled_feasibility[0] > accuracy:
             return _unbounded(program, bound, z, evaluation)
         closest, blamed = _least_violation(program, bound, z)
         if _feasible(program, bound, closest, accuracy):
@@ -52,8 +52,9 @@ def diagnose(program: Program, bound: Bound, z: Array, accuracy: float) -> tuple
 def _feasible(program: Program, bound: Bound, z: Array, accuracy: float) -> bool:
     """Whether a point violates no constraint by more than is rounding beside how it changes there, or nearby."""
     here = _evaluate(program, bound, z)
-    if here.scaled_feasibility[0] <= accuracy or program.affine_constraints:
-        return bool(here.scaled_feasibility[0] <= accuracy)
+    far = bool(here.scaled_feasibility[0] > accuracy)
+    if not far or program.affine_constraints:
+        return not far
     there = _evaluate(program, bound, z + _NEARBY * here.own_size[0] * without_symmetry(len(z)))
     reach = np.maximum(
         *(at.J.absolute.times(here.own_size)[0, : program.constraints] for at in (here, there))
