@@ -2,8 +2,8 @@
 
 Infeasible: the smallest violation of the constraints within the bounds is positive. Where they are affine, that of the
 largest one, a linear program, proves it, and its multipliers say which rows contradict each other; elsewhere it is that
-of their squares, min |(h, max(g, 0))|^2, from the last point and from one far off, and holds locally. Unbounded: a feasible ray along which the objective keeps
-falling, without end in sight.
+of their squares, min |(h, max(g, 0))|^2, from the last point and from one far off, and holds locally. Unbounded: a
+feasible ray along which the objective keeps falling, without end in sight.
 """
 
 from __future__ import annotations

@@ -207,9 +207,8 @@ class _Newton:
         step = _newton_step(here, active, system)
         self._predicted[samples[going]] = step.size[going]
         exact = step.rounding & (before.scaled <= _EXACT)
-        exact &= (self._steps[samples] > 0) | (
-            not self._tentative
-        )  # the first step of a guess is taken, however small
+        # The first step of a guess is taken, however small.
+        exact &= (self._steps[samples] > 0) | (not self._tentative)
         self._steps[samples[going]] += 1
         going = going & ~exact
         self.open[samples] = going
