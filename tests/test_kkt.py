@@ -8,7 +8,8 @@ import torch
 
 import ddn_solvers as ddn
 from ddn_solvers.arrays import without_symmetry
-from ddn_solvers.kkt.linear import SINGULAR, DenseLU, condition, inverses
+from ddn_solvers.dense_lu import inverses
+from ddn_solvers.kkt.linear import SINGULAR, DenseLU, condition
 from ddn_solvers.kkt.operator import Bordered, Dense
 from ddn_solvers.kkt.system import System
 

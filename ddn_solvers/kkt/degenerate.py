@@ -25,7 +25,8 @@ import numpy as np
 import torch
 
 from ddn_solvers.arrays import Array
-from ddn_solvers.kkt.linear import DEPENDENT, Step, inverses, least_squares
+from ddn_solvers.dense_lu import inverses
+from ddn_solvers.kkt.linear import DEPENDENT, Step, least_squares
 from ddn_solvers.kkt.operator import Bordered
 from ddn_solvers.kkt.packing import Packing, pick, put
 from ddn_solvers.transforms import is_transformed

@@ -9,7 +9,7 @@ that K does not keep. Each solver takes from K what it needs, and only the dense
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from ddn_solvers.arrays import Array, Mask
+from ddn_solvers.dense_lu import inverses, lu_factors
 from ddn_solvers.kkt.bands import Structure
 from ddn_solvers.kkt.operator import Bordered, Formed, Operator, Sparse
 from ddn_solvers.lowering.pattern import Matrices
@@ -74,29 +75,6 @@ class LinearSolver(abc.ABC):
     def transpose(self, state: Any) -> Any:
         """The state of the transposed system: itself, KKT matrices being symmetric."""
         return state
-
-
-def lu_factors(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """LU factors and pivots of a batch, (B, N, N) and (B, N)."""
-    factors, pivots = _each(lambda one: torch.linalg.lu_factor_ex(one)[:2], matrices)
-    return factors, pivots
-
-
-def inverses(matrices: torch.Tensor) -> torch.Tensor:
-    """Of a batch, (B, N, N)."""
-    return _each(lambda one: (torch.linalg.inv(one),), matrices)[0]
-
-
-def _each(
-    function: Callable[[torch.Tensor], Sequence[torch.Tensor]], matrices: torch.Tensor
-) -> Sequence[torch.Tensor]:
-    """``function`` of a batch; one by one where torch has several threads.
-
-    Batched LU of torch 2.13 (MKL) with two threads gives pivots of zero for matrices of 160 rows and more, or never returns.
-    """
-    if torch.get_num_threads() == 1 or len(matrices) < 2:
-        return function(matrices)
-    return [torch.cat(parts) for parts in zip(*map(function, matrices.split(1)), strict=True)]
 
 
 class DenseLU(LinearSolver):

@@ -27,8 +27,6 @@ from ddn_solvers.uncompiled import uncompiled
 
 Tensors = Sequence[torch.Tensor]
 
-_WRONG_FROM = 128  # rows; the first wrong answers of batched LU were seen at 150
-
 
 class Rule(ABC):
     """How a node is solved and differentiated; all inputs and the solution have the same number of batch dimensions.
@@ -167,23 +165,6 @@ def apply(rule: Rule, *inputs: torch.Tensor) -> torch.Tensor:
 def times(A: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """A x of matrices (..., m, n) and vectors (..., n), batches broadcast; one product where A is the same for all."""
     return (x.unsqueeze(-2) @ A.mT).squeeze(-2)
-
-
-def solved(matrices: torch.Tensor, right: torch.Tensor, checked: bool = True) -> torch.Tensor:
-    """M^-1 b of shape (..., n), one by one where torch's batched LU is wrong: see ``kkt.linear``.
-
-    Args:
-        checked: Singular matrices raise; otherwise their result is not finite.
-    """
-    n = matrices.shape[-1]
-    alone = matrices.dim() < 3 or n < _WRONG_FROM or torch.get_num_threads() == 1
-    if alone or matrices.device.type != "cpu" or is_transformed(matrices) or is_transformed(right):
-        return torch.linalg.solve_ex(matrices, right.unsqueeze(-1), check_errors=checked)[0].squeeze(-1)
-    batch = torch.broadcast_shapes(matrices.shape[:-2], right.shape[:-1])
-    pairs = zip(
-        matrices.expand(*batch, n, n).reshape(-1, n, n), right.expand(*batch, n).reshape(-1, n), strict=True
-    )
-    return torch.stack([solved(*pair, checked=checked) for pair in pairs]).reshape(*batch, n)
 
 
 def keep(module: nn.Module, **settings: float | torch.Tensor | None) -> None:

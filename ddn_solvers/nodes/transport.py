@@ -20,8 +20,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from ddn_solvers.dense_lu import solved
 from ddn_solvers.errors import ConvergenceWarning, ProblemError, warn_caller
-from ddn_solvers.nodes.closed_form import Rule, Tensors, apply, keep, positive, solved, times, working_dtype
+from ddn_solvers.nodes.closed_form import Rule, Tensors, apply, keep, positive, times, working_dtype
 from ddn_solvers.problem import Problem
 
 _GENTLE = 8.0  # spread of C / eps where Newton's method starts, at h = 0
