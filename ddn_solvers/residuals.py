@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -38,7 +38,9 @@ _CANCELLED = 1e3 * _EPSILON  # of the terms of a difference, what may be their r
 _SMALLEST = 1e-9  # size of the variables relative to 1 that may not be rounding
 _NOTHING = 1e-7  # relative size of the forces that meet in a row below which they are not told apart: with the accuracy, rounding
 _ROUNDING = 1e-13  # relative force that counts as none
-_BEYOND = 1e2  # force of a multiplier relative to those of the objective
+BEYOND: Final = (
+    1e2  # force of a multiplier, relative to those of the objective, from which on its row may be vanishing
+)
 _NEAR_ZERO = 1e-3  # of the length of a vector relative to what it can become
 _VANISHING = 1e-2  # of the change of a row's gradient over a hundredth of the point's size
 
@@ -186,7 +188,7 @@ class Evaluation:
         H, y = self.H.absolute, self.point.y
         if self.program.affine_constraints and self.program.pieces is None:
             return H
-        beyond = _largest(y * self.reach) > _BEYOND * self._strength[:, 0]
+        beyond = _largest(y * self.reach) > BEYOND * self._strength[:, 0]
         if not beyond.any():
             return H
         alone = np.abs(self.functions.hessian(self.point.z, self.inputs, np.zeros_like(y)))

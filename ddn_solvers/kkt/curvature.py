@@ -123,7 +123,19 @@ def curvature(evaluation: Evaluation, active: ActiveSet) -> Curvature:
     return Curvature(rank, count, np.where(rank == n, np.inf, smallest), whole, size, unit)
 
 
-def descends(evaluation: Evaluation, active: ActiveSet) -> Mask:
+def descending(evaluation: Evaluation, active: ActiveSet, convex: bool) -> Mask:
+    """Samples from which a way leads down by curvature, (B,); ``convex``: H is positive definite on free variables."""
+    bent = np.zeros(len(active.sides), dtype=bool)
+    if not convex and not _surely_minimal(evaluation, active):
+        finite = np.flatnonzero(np.isfinite(evaluation.scaled))
+        bent[finite] = curvature(evaluation.take(finite).tame(), active.take(finite)).negative
+    if active.weak.any():
+        finite = np.flatnonzero(np.isfinite(evaluation.scaled) & ~bent)
+        bent[finite] = _descends(evaluation.take(finite).tame(), active.take(finite))
+    return bent
+
+
+def _descends(evaluation: Evaluation, active: ActiveSet) -> Mask:
     """Samples with a direction of negative curvature that weakly active inequalities and bounds leave open, (B,).
 
     Such a point is no minimum, whatever the curvature on all active rows; where every such direction is closed one way and
@@ -138,7 +150,7 @@ def descends(evaluation: Evaluation, active: ActiveSet) -> Mask:
         return found
     here, weak = evaluation.take(some), weak[some]
     strong = replace(active.take(some), sides=active.sides[some] & ~weak)
-    if surely_minimal(here, strong):
+    if _surely_minimal(here, strong):
         return found
     bent = curvature(here, strong)
     if bent.null is None:
@@ -158,7 +170,7 @@ def descends(evaluation: Evaluation, active: ActiveSet) -> Mask:
     return found
 
 
-def surely_minimal(evaluation: Evaluation, active: ActiveSet) -> bool:
+def _surely_minimal(evaluation: Evaluation, active: ActiveSet) -> bool:
     """Whether H + rho A^T A is positive definite for every sample, which proves a positive reduced Hessian.
 
     One Cholesky factorization; where it fails nothing is proved (rho is finite), and ``curvature`` decides.
