@@ -198,7 +198,7 @@ class _Newton:
             return
         if len(samples) == len(self.open):
             self._whole = factored
-        self._last = replace(self._last, sides=put(self._last.sides, samples, active.sides, going))
+        self._last = replace(self._last, sides=merged(self._last.sides, samples, active.sides, going))
         self._singular[samples], self._condition[samples] = singular, system.condition.numpy()
         there = going & quadratic & (before.scaled <= _EXACT) & singular
         if there.any():  # no step of a singular system brings such a point on, and each costs singular values
@@ -220,10 +220,10 @@ class _Newton:
         changed = going & (corrected.sides != active.sides).any(axis=1) & np.isfinite(tried.scaled)
         self._working = replace(
             self._working,
-            sides=put(self._working.sides, samples, corrected.sides, changed),
-            weak=put(self._working.weak, samples, corrected.weak, changed),
+            sides=merged(self._working.sides, samples, corrected.sides, changed),
+            weak=merged(self._working.weak, samples, corrected.weak, changed),
         )
-        self._best = put_evaluation(self._best, samples, tried, better)
+        self._best = merged_evaluation(self._best, samples, tried, better)
         self._near[samples] = quadratic | (better & (tried.scaled <= _QUADRATIC * before.scaled))
         accuracy = self._policy.accuracy
         far = (self._predicted[samples] > min(_CONVERGED, accuracy)) | (tried.scaled > accuracy)
@@ -253,7 +253,7 @@ def computable(evaluation: Evaluation) -> Mask:
 def _where_finite(before: Evaluation, after: Evaluation) -> Evaluation:
     """``after`` for the samples where it has finite residuals."""
     defined = np.isfinite(after.scaled)
-    return after if defined.all() else put_evaluation(before, np.arange(len(defined)), after, defined)
+    return after if defined.all() else merged_evaluation(before, np.arange(len(defined)), after, defined)
 
 
 @dataclass(frozen=True)
@@ -332,23 +332,23 @@ def _corrected(active: ActiveSet, tried: Evaluation, singular: Mask) -> ActiveSe
     return replace(active, sides=sides, weak=active.weak & ~left)
 
 
-def put_evaluation(whole: Evaluation, samples: Index, part: Evaluation, accept: Mask) -> Evaluation:
+def merged_evaluation(whole: Evaluation, samples: Index, part: Evaluation, accept: Mask) -> Evaluation:
     """The same of an evaluation."""
     if not accept.any():
         return whole
     if accept.all() and len(samples) == len(whole.point.z):
         return part
     point = PrimalDual(
-        **{k: put(v, samples, getattr(part.point, k), accept) for k, v in vars(whole.point).items()}
+        **{k: merged(v, samples, getattr(part.point, k), accept) for k, v in vars(whole.point).items()}
     )
     first = replace(
         whole.first,
-        **{k: put(v, samples, getattr(part.first, k), accept) for k, v in vars(whole.first).items()},
+        **{k: merged(v, samples, getattr(part.first, k), accept) for k, v in vars(whole.first).items()},
     )
     return whole.at_known(point, first)
 
 
-def put(whole: Any, samples: Index, part: Any, accept: Mask) -> Any:
+def merged(whole: Any, samples: Index, part: Any, accept: Mask) -> Any:
     """An array with some samples overwritten by rows of ``part``, where those are to be accepted."""
     result = whole.copy()
     result[samples[accept]] = part[accept]

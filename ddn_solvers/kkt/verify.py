@@ -23,9 +23,9 @@ from ddn_solvers.kkt.multipliers import NEARLY_ON_KINK, canonical_multipliers
 from ddn_solvers.kkt.polish import (
     Polished,
     kkt_system,
+    merged,
+    merged_evaluation,
     polish,
-    put,
-    put_evaluation,
 )
 from ddn_solvers.kkt.system import System
 from ddn_solvers.pieces import Kink
@@ -77,17 +77,17 @@ class Verified:
         if not accept.any():
             return self
         active = {
-            name: put(getattr(self.active, name), samples, getattr(other.active, name), accept)
+            name: merged(getattr(self.active, name), samples, getattr(other.active, name), accept)
             for name in ("sides", "weak", "margin")
         }
         status, reasons = list(self.status), list(self.reasons)
         for k in np.flatnonzero(accept):
             status[samples[k]], reasons[samples[k]] = other.status[k], other.reasons[k]
         return Verified(
-            put_evaluation(self.evaluation, samples, other.evaluation, accept),
+            merged_evaluation(self.evaluation, samples, other.evaluation, accept),
             replace(self.active, **active),
-            put(self.singular, samples, other.singular, accept),
-            put(self.condition, samples, other.condition, accept),
+            merged(self.singular, samples, other.singular, accept),
+            merged(self.condition, samples, other.condition, accept),
             tuple(status),
             tuple(reasons),
         )
