@@ -132,7 +132,8 @@ def fingerprint(value: Any, is_input: bool) -> tuple[Any, ...]:
     if isinstance(value, torch.nn.Module):
         # A model gets its layer as a child after the layer has traced functions of that model: no change for them.
         children = (n for n, child in value.named_children() if type(child).__module__ != "ddn_solvers.layer")
-        return (type(value), tuple(children))
+        hooks = (*value._forward_pre_hooks.values(), *value._forward_hooks.values())
+        return (type(value), tuple(children), hooks, vars(value).get("forward"))
     if isinstance(value, Mapping):
         return (type(value), tuple(value))
     if isinstance(value, (list, tuple)):
@@ -148,7 +149,9 @@ def _content(value: Any) -> tuple[Any, ...]:
     """What tells one constant from another: its entries, where they are few enough to compare."""
     if not isinstance(value, torch.Tensor):
         return (value.dtype.str, value.shape, value.tobytes() if value.dtype.kind != "O" else id(value))
-    if value.device.type == "cpu" and value.numel() <= _MAX_COMPARED and not value.is_sparse:
+    if value.layout is not torch.strided:
+        return (value.layout, tuple(value.shape), *map(_content, _sparse_parts(value)))
+    if value.device.type == "cpu" and value.numel() <= _MAX_COMPARED:
         with temporarily_clear_interpreter_stack():  # else a torch.func transform in force would wrap it
             data = value.detach().resolve_conj().resolve_neg().contiguous().view(-1)
             content = data.view(torch.uint8).numpy().tobytes() if data.numel() else b""
@@ -156,28 +159,38 @@ def _content(value: Any) -> tuple[Any, ...]:
     return (value.dtype, tuple(value.shape), id(value), None if value.is_inference() else value._version)
 
 
+def _sparse_parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    if tensor.layout is torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+
+
 def find_captures(problem: Problem) -> Captures:
     """Walk every function and bound of ``problem``."""
     inputs: dict[int, Accessor] = {}
     watches: list[Watch] = []
-    visited: set[int] = set()
-    anchors: dict[str, int] = {}
-    kept_alive: list[Any] = []  # ids are only good while their objects live
-    for accessor, value, in_module in _walk_problem(problem, visited, anchors, kept_alive):
+    walk = _Walk()
+    for accessor, value, in_module in _walk_problem(problem, walk):
         is_input = isinstance(value, torch.Tensor) and _is_input(value, in_module)
         if is_input:
             first = inputs.setdefault(id(value), accessor)
             if first is not accessor:  # tied: two names for one tensor must stay one
                 watches.append(_TieWatch(accessor, (), True, first))
         watches.append(Watch(accessor, fingerprint(value, is_input), is_input))
+    watches += [_TieWatch(accessor, (), False, first) for accessor, first in walk.ties]
     return Captures(tuple(inputs.values()), tuple(watches))
 
 
 @dataclass(frozen=True)
 class _TieWatch(Watch):
+    """An object that has two names; what is in it is watched under the first."""
+
     first: Accessor
 
     def holds(self, overrides: Overrides | None) -> bool:
+        overrides = overrides if self.is_input else None  # a layer has one copy of what has two names
         try:
             return self.accessor.read(overrides) is self.first.read(overrides)
         except (LookupError, AttributeError, ValueError, TypeError):
@@ -186,20 +199,33 @@ class _TieWatch(Watch):
 
 def _is_input(tensor: torch.Tensor, in_module: bool) -> bool:
     owned = in_module or isinstance(tensor, torch.nn.Parameter) or tensor.requires_grad
-    return owned and tensor.is_floating_point()
+    return owned and tensor.is_floating_point() and tensor.layout is torch.strided
 
 
 Found = tuple[Accessor, Any, bool]
 
 
 class _Walk:
-    """One depth-first walk; ``visited`` stops cycles, tensors are reported each time they are met."""
+    """One depth-first walk; ``visited`` stops cycles, tensors are reported each time they are met.
 
-    def __init__(self, visited: set[int], anchors: dict[str, int], kept_alive: list[Any]) -> None:
-        self.visited, self.anchors, self.kept_alive = visited, anchors, kept_alive
+    Attributes:
+        ties: Further accessors of objects that had been met, with the first of each.
+    """
+
+    def __init__(self) -> None:
+        self.visited: dict[int, Accessor] = {}
+        self.classes: set[type] = set()
+        self.anchors: dict[str, int] = {}
+        self.ties: list[tuple[Accessor, Accessor]] = []
+        self.kept_alive: list[Any] = []  # ids are only good while their objects live
 
     def value(self, accessor: Accessor, value: Any, depth: int, in_module: bool = False) -> Iterator[Found]:
         if (depth > _MAX_DEPTH and not in_module) or len(self.kept_alive) > _MAX_OBJECTS:
+            return
+        leaf = isinstance(value, (torch.Tensor, *_SCALARS, np.ndarray, set, frozenset))
+        first = None if leaf else self.visited.get(id(value))
+        if first is not None:
+            self.ties.append((accessor, first))
             return
         # What a function calls its self most likely holds the layer, which must not hold it in turn: its parts do.
         registrable = isinstance(value, (torch.nn.Module, torch.nn.Parameter)) and accessor.name != "self"
@@ -209,14 +235,10 @@ class _Walk:
             )
         if isinstance(value, torch.Tensor):
             self.kept_alive.append(value)
+        if leaf:
             yield accessor, value, in_module
             return
-        if isinstance(value, (*_SCALARS, np.ndarray, set, frozenset)):
-            yield accessor, value, in_module
-            return
-        if id(value) in self.visited:
-            return
-        self.visited.add(id(value))
+        self.visited[id(value)] = accessor
         self.kept_alive.append(value)
         if isinstance(value, (types.FunctionType, types.MethodType, functools.partial)):
             yield accessor, value, in_module
@@ -242,17 +264,25 @@ class _Walk:
             yield accessor, value, in_module
             for key in _attributes(value):
                 yield from self.value(accessor.step("attr", key), getattr(value, key), depth + 1)
-            yield from self._class(accessor.step("attr", "__class__"), type(value), depth)
+            yield from self._class(accessor, type(value), depth, set(_attributes(value)))
 
-    def _class(self, accessor: Accessor, cls: type, depth: int) -> Iterator[Found]:
-        """Attributes of a user's class, and what its methods refer to."""
-        overridden: set[str] = set()
+    def _class(
+        self, accessor: Accessor, cls: type, depth: int, overridden: set[str] | None = None
+    ) -> Iterator[Found]:
+        """Attributes of a user's class, and what its methods refer to.
+
+        Args:
+            accessor: Of the class, or of an instance, which may get an attribute of its own in place of one of these.
+            overridden: What the instance has itself.
+        """
+        overridden = overridden or set()
         for base in cls.__mro__:
-            if _foreign(base.__module__) or id(base.__dict__) in self.visited:
+            if _foreign(base.__module__):
                 continue
-            self.visited.add(id(base.__dict__))
+            known = base in self.classes
+            self.classes.add(base)
             for key, attribute in list(vars(base).items()):
-                if isinstance(attribute, types.FunctionType):
+                if isinstance(attribute, types.FunctionType) and not known:
                     yield from self.function(accessor, attribute, depth + 1)
                 elif (
                     not key.startswith("__")
@@ -271,7 +301,10 @@ class _Walk:
         for key, attribute in list(vars(module).items()):
             if not key.startswith("_"):
                 yield from self.value(accessor.step("attr", key), attribute, depth + 1, True)
-        yield from self._class(accessor.step("attr", "__class__"), type(module), depth)
+        for kind in ("_forward_pre_hooks", "_forward_hooks"):
+            for key, hook in getattr(module, kind).items():
+                yield from self.value(accessor.step("attr", kind).step("item", key), hook, depth + 1, True)
+        yield from self._class(accessor, type(module), depth, set(vars(module)))
 
     def function(self, accessor: Accessor, function: Any, depth: int) -> Iterator[Found]:
         """Everything that a function refers to: closure, globals it names, defaults, ``self``."""
@@ -328,10 +361,7 @@ class _Walk:
 _LAYER_ATTRIBUTES = ("problem", "solver", "options", "policy", "warm_start", "training", "solve")
 
 
-def _walk_problem(
-    problem: Problem, visited: set[int], anchors: dict[str, int], kept_alive: list[Any]
-) -> Iterator[Found]:
-    walk = _Walk(visited, anchors, kept_alive)
+def _walk_problem(problem: Problem, walk: _Walk) -> Iterator[Found]:
     functions = [("objective", problem.objective), *problem.equality.items(), *problem.inequality.items()]  # type: ignore[union-attr]  # normalised to dicts
     for name, (lower, upper) in (problem.bounds or {}).items():
         functions += [(f"lower_{name}", lower), (f"upper_{name}", upper)]

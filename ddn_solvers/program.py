@@ -18,6 +18,7 @@ from torch import fx
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from ddn_solvers.adapter import Feature, ProblemClass, QuadraticForm
+from ddn_solvers.agreement import disagreement
 from ddn_solvers.arrays import Array
 from ddn_solvers.captures import Overrides
 from ddn_solvers.errors import ProblemError
@@ -26,7 +27,7 @@ from ddn_solvers.inertia import positive_definite
 from ddn_solvers.layout import Block, Layout
 from ddn_solvers.pieces import Kink, Pieces, find_pieces, lift
 from ddn_solvers.problem import Problem
-from ddn_solvers.terms import Substitution, Term, evaluate
+from ddn_solvers.terms import Substitution, Term, Untraceable, evaluate
 from ddn_solvers.trace import Graph, dependent_nodes, operation_name, trace
 from ddn_solvers.validation import callable_name
 
@@ -287,18 +288,24 @@ class Program(Evaluators):
         return forms
 
     def evaluate(
-        self, z: torch.Tensor, parameters: Sequence[torch.Tensor], sigma: torch.Tensor | None = None
+        self,
+        z: torch.Tensor,
+        parameters: Sequence[torch.Tensor],
+        sigma: torch.Tensor | None = None,
+        declared: bool = False,
     ) -> tuple[torch.Tensor, ...]:
         """f (), c, lower, upper of one instance in torch, differentiable to any order; flat inputs.
 
-        With ``sigma``, (kinks,), of that smooth piece, with the rows of the kinks behind c.
+        Args:
+            sigma: Of that smooth piece, (kinks,), with the rows of the kinks behind c.
+            declared: By calling the functions themselves, graph or not.
         """
         variables = list(self.variables.split(z).values())
         blocks = [p.reshape(block.shape) for p, block in zip(parameters, self.parameters, strict=True)]
         kinks = z.new_zeros(0)
         if sigma is not None and self.pieces is not None:
             *outputs, kinks = self.pieces.smooth(*variables, *blocks, sigma, torch.zeros_like(sigma))
-        elif self.graph.module is not None and self.compiled:
+        elif self.graph.module is not None and self.compiled and not declared:
             outputs = self.graph.module(*variables, *blocks)
         else:
             outputs = self._call_functions(variables, blocks)
@@ -374,6 +381,10 @@ def compile_program(problem: Problem, overrides: Overrides | None = None) -> Pro
             if program.graph.holds(overrides):
                 return program
         program = Program(problem, trace(problem))
+        wrong = disagreement(program) if program.compiled else ""
+        if wrong:
+            graph = replace(program.graph, module=None, refusal=Untraceable(wrong, ""))
+            program = Program(problem, graph)
         programs.insert(0, program)
         del programs[_MAX_PROGRAMS:]
         return program

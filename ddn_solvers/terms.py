@@ -18,6 +18,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
@@ -163,6 +164,8 @@ class Substitution(TorchFunctionMode):
         stand_in = self.replacements.get(id(value))
         if stand_in is not None:
             return stand_in
+        if value.layout is not torch.strided:
+            return self._dense(value)
         if value.requires_grad and self.tracing:  # captured out of the accessors' sight
             self.undeclared.append(value)
         if value.is_floating_point() and (value.dtype != torch.float64 or value.device.type != "cpu"):
@@ -173,6 +176,20 @@ class Substitution(TorchFunctionMode):
             self.replacements[id(value)] = stand_in
             return stand_in
         return value
+
+    def _dense(self, value: torch.Tensor) -> torch.Tensor:
+        """A captured sparse tensor as a constant; lowering finds its zeros again."""
+        if value.requires_grad:
+            raise ProblemError(
+                "the problem's functions capture a sparse tensor that requires a gradient",
+                expected="a dense one",
+                fix="Call .to_dense().",
+            )
+        with _disable_current_modes(), temporarily_clear_interpreter_stack():
+            dense = value.to_dense().to("cpu", torch.float64)
+        self._alive.append(value)
+        self.replacements[id(value)] = dense
+        return dense
 
 
 _INDEXING = (torch.Tensor.__getitem__, torch.Tensor.__setitem__)
@@ -198,7 +215,11 @@ def _is_symbolic(value: Any) -> bool:
 
 def _is_wrapped(value: torch.Tensor) -> bool:
     """Whether a transform (grad, vmap, functionalize) made this tensor: then it is no capture."""
-    return torch._is_functional_tensor(value) or torch._C._functorch.is_functorch_wrapped_tensor(value)
+    return (
+        isinstance(value, FunctionalTensor)
+        or torch._is_functional_tensor(value)
+        or torch._C._functorch.is_functorch_wrapped_tensor(value)
+    )
 
 
 def _widen(result: Any) -> Any:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ddn_solvers.captures import Accessor, Captures, Overrides, find_captures
@@ -208,7 +209,7 @@ def _trace_whole(joint: Callable[..., Any], shapes: Sequence[Sequence[int]]) -> 
 
 
 def _trace_functional(joint: Callable[..., Any], shapes: Sequence[Sequence[int]]) -> fx.GraphModule:
-    functional = torch.func.functionalize(joint, remove="mutations")
+    functional = dispatch_functionalize(joint)
     return make_fx(functional, tracing_mode="fake", _allow_non_fake_inputs=True)(*_fake(shapes))
 
 
@@ -378,7 +379,10 @@ def _draws_nothing(node: fx.Node) -> bool:
     schema: Any = node.target._schema  # type: ignore[union-attr]  # what has tags is an OpOverload
     given = {argument.name: argument.default_value for argument in schema.arguments}
     given |= dict(zip(given, node.args, strict=False)) | node.kwargs
-    return any(given.get(name, True) in (False, 0.0) for name in ("train", "training", "dropout_p"))
+    return any(given.get(name, True) in (False, 0.0) for name in ("train", "training", *_RATES))
+
+
+_RATES = ("p", "dropout", "dropout_p")  # what torch's operations call the rate of a dropout
 
 
 def operation_name(node: fx.Node) -> str:

@@ -1,6 +1,7 @@
 """What functions capture: never stale, always differentiable, owned by the layer that captured it."""
 
 import copy
+import enum
 import functools
 import io
 import pickle
@@ -846,3 +847,101 @@ def test_a_problem_is_compiled_inside_a_transform():
     x = torch.tensor([0.4, 3.0], dtype=torch.float64)
     tangent = torch.func.jvp(lambda x: ddn.solve(problem, {"x": x})["u"], (x,), (torch.ones_like(x),))[1]
     torch.testing.assert_close(tangent, torch.tensor([1.0, 0.0], dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+# -- one object under two names --------------------------------------------------------------------------------------
+
+
+class Mode(enum.Enum):
+    NEAR = 1
+    FAR = 2
+
+
+class Mixture(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(3, 3, dtype=D) for _ in range(2))
+        self.active = self.experts[0]
+
+    def energy(self, u, x):
+        penalty = sum(e.weight.square().sum() for e in self.experts)
+        return (u - self.active(x)).square().sum() + 1e-3 * penalty
+
+
+def test_a_module_that_another_name_held_before_is_seen():
+    torch.manual_seed(0)
+    model = Mixture()
+    layer = ddn.DeclarativeLayer(ddn.Problem({"u": (3,)}, {"x": (3,)}, model.energy))
+    for expert in (0, 1, 0):
+        model.active = model.experts[expert]
+        model.zero_grad()
+        y = layer(X)
+        torch.testing.assert_close(y, model.experts[expert](X))
+        y.sum().backward()
+        assert model.experts[expert].weight.grad.abs().sum() > 0
+
+
+def test_an_enum_that_another_name_held_before_is_seen():
+    config = types.SimpleNamespace(mode=Mode.NEAR)
+    problem = distance(lambda: 1.0 if config.mode is Mode.NEAR else 9.0)
+    assert seen(problem) == pytest.approx(1)
+    config.mode = Mode.FAR
+    assert seen(problem) == pytest.approx(9)
+
+
+def test_a_dict_that_another_name_held_before_is_seen():
+    near, far = {"w": 1.0}, {"w": 9.0}
+    cases, state = {"near": near, "far": far}, {"now": near}
+    problem = distance(lambda: state["now"]["w"] + 0 * cases["near"]["w"])
+    assert seen(problem) == pytest.approx(1)
+    state["now"] = far
+    assert seen(problem) == pytest.approx(9)
+
+
+def test_a_default_of_the_class_that_the_instance_overrides_is_seen():
+    class Weighted:
+        weight = 1.0
+
+        def get(self):
+            return self.weight
+
+    first, second = Weighted(), Weighted()
+    problem = distance(lambda: first.get() * second.get())
+    assert seen(problem) == pytest.approx(1)
+    second.weight = 9.0
+    assert seen(problem) == pytest.approx(9)
+    Weighted.weight = 2.0
+    assert seen(problem) == pytest.approx(18)
+
+
+@pytest.mark.parametrize("change", [
+    lambda net: net.register_forward_hook(lambda *a: 2 * a[2]),
+    lambda net: net.register_forward_pre_hook(lambda _, a: (3 * a[0],)),
+    lambda net: setattr(net, "forward", lambda x: 5 * x),
+])  # fmt: skip
+def test_hooks_and_a_forward_of_its_own_are_seen(change):
+    net = nn.Linear(3, 3, dtype=D)
+    layer = ddn.DeclarativeLayer(
+        ddn.Problem({"u": (3,)}, {"x": (3,)}, lambda u, x: (u - net(x)).square().sum())
+    )
+    layer(X)
+    change(net)
+    torch.testing.assert_close(layer(X), net(X))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize("convert", ["to_sparse", "to_sparse_csr", "to_sparse_csc"])
+def test_sparse_constants(convert):
+    dense = torch.tensor([[2.0, 0, 1], [0, 1, 0]], dtype=D)
+    A = getattr(dense, convert)()
+    problem = ddn.Problem(
+        {"u": (3,)}, {"x": (2,)}, lambda u, x: (A @ u - x).square().sum() + u.square().sum()
+    )
+    right = torch.linalg.solve(dense.mT @ dense + torch.eye(3, dtype=D), dense.mT @ X[:2])
+    torch.testing.assert_close(ddn.solve(problem, {"x": X[:2]})["u"], right)
+    A = (2 * dense).to_sparse()
+    right = torch.linalg.solve(4 * dense.mT @ dense + torch.eye(3, dtype=D), 2 * dense.mT @ X[:2])
+    torch.testing.assert_close(ddn.solve(problem, {"x": X[:2]})["u"], right)
+    A.requires_grad_()
+    with pytest.raises(ddn.ProblemError, match="sparse tensor that requires a gradient"):
+        ddn.solve(problem, {"x": X[:2]})

@@ -459,3 +459,38 @@ def test_unusual_but_legal_functions_compile_without_a_warning(case):
     assert not record or objective in (by_grad, vmapped, no_grad_constant)
     assert close(s["u"], expected)
     assert close(torch.autograd.grad(s["u"].sum(), x)[0], torch.ones(3, dtype=D))
+
+
+# -- compiled functions are compared with the functions themselves ---------------------------------------------------
+
+
+def test_a_decomposition_that_is_wrong_is_not_believed():
+    """torch 2.13 decomposes multilabel_margin_loss into another function where a label is -1."""
+    labels = torch.tensor([2, 1, -1, -1])
+    x = torch.tensor([3.0, 1.0, -0.5, 0.7], dtype=D, requires_grad=True)
+    loss = torch.nn.functional.multilabel_margin_loss
+    problem = ddn.Problem({"u": ()}, {"x": (4,)}, lambda u, x: (u - loss(x, labels)).square())
+    with pytest.warns(ddn.FallbackWarning, match="objective, of which an entry would be"):
+        u = ddn.solve(problem, {"x": x})["u"]
+    (gradient,) = torch.autograd.grad(u, x)
+    right = loss(x, labels)
+    assert close(u, right)
+    assert close(gradient, torch.autograd.grad(right, x)[0])
+
+
+@pytest.mark.parametrize("make", [
+    lambda: torch.nn.GRU(3, 3),
+    lambda: torch.nn.TransformerEncoderLayer(3, 3, 4, dropout=0.0),
+    lambda: torch.nn.Dropout(0.0),
+])  # fmt: skip
+@pytest.mark.filterwarnings("ignore::ddn_solvers.FallbackWarning", "ignore::UserWarning")
+def test_a_dropout_of_rate_zero_draws_nothing(make):
+    torch.manual_seed(0)
+    net = make().double()
+
+    def target(x):
+        y = net(x.reshape(1, 1, 3))
+        return (y[0] if isinstance(y, tuple) else y).reshape(3)
+
+    problem = ddn.Problem({"u": (3,)}, {"x": (3,)}, lambda u, x: (u - target(x)).square().sum())
+    assert close(ddn.solve(problem, {"x": X})["u"], target(X))

@@ -181,6 +181,12 @@ CASES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "diag": lambda x, u: torch.diag(x) @ x,
     "tril": lambda x, u: torch.tril(torch.outer(x, x)).sum(1),
     "cumsum": lambda x, u: torch.cumsum(x, 0),
+    "cumprod": lambda x, u: torch.cumprod(torch.outer(x, u), 0).sum(1) + torch.cumprod(x, 0).flip(0)[0],
+    "circular_padding": lambda x, u: F.conv1d(F.pad(x[None, None], (1, 1), mode="circular"), u[None, None])[
+        0, 0
+    ],
+    "unfold": lambda x, u: F.unfold(torch.outer(x, u)[None, None], (2, 2))[0] @ torch.arange(6.0).double(),
+    "erfc": lambda x, u: torch.log(torch.erfc(3 * x)) + torch.special.erfcx(x),
     "diff": lambda x, u: torch.diff(x),
     "roll": lambda x, u: torch.roll(x, 1) * x,
     "flip": lambda x, u: x.flip(0) * A[0],
@@ -516,7 +522,7 @@ def test_determinants_are_polynomials_also_at_singular_matrices(size: int) -> No
         np.testing.assert_allclose(value.item(), torch.linalg.det(v).item(), rtol=1e-9, atol=1e-12)
         adjugate = value * np.eye(size)
         np.testing.assert_allclose(slope.reshape(size, size).T @ v.numpy(), adjugate, atol=1e-9)
-    stacked = torch.stack([full + 3 * torch.eye(size), torch.eye(size)]).double()
+    stacked = torch.stack([full @ full.mT + torch.eye(size), torch.eye(size).double()])
     assert_matches(
         lambda v: torch.logdet(v) + torch.linalg.slogdet(v).logabsdet + torch.linalg.det(v), stacked
     )
@@ -840,3 +846,22 @@ def test_jacobians_and_hessians_are_sparse(name: str) -> None:
 def test_expressions_stay_small(function: Callable[..., Any], limit: int) -> None:
     result, _ = lowered(function, randn(50))
     assert ca.n_nodes(result.outputs[0]) <= limit
+
+
+@pytest.mark.parametrize("at", [-8.0, -0.3, 0.4, 0.6, 3.0, 8.0, 20.0])
+def test_small_tails_keep_all_digits(at: float) -> None:
+    """1 - erf(x) has no digit of erfc left at 6; values and first two derivatives relative to themselves."""
+    x = torch.tensor([at], dtype=torch.float64)
+    for function in (torch.erfc, torch.special.erfcx, torch.special.log_ndtr):
+        for mine, right in zip(derivatives(function, x), reference(function, x), strict=True):
+            np.testing.assert_allclose(mine, right, rtol=1e-9, atol=1e-15)
+    mine = derivatives(lambda x: 2 * torch.special.ndtr(-math.sqrt(2) * x), x)[0]
+    np.testing.assert_allclose(mine.ravel(), torch.erfc(x), rtol=1e-12)
+
+
+def test_what_torch_itself_writes_into_memory_it_made_is_followed() -> None:
+    """vander and circular padding fill an empty tensor in place, out of torch.func.functionalize's sight."""
+    powers = [3, 2, 1, 0]
+    assert_matches(
+        lambda x: torch.vander(x, 4).sum(0), X, like=lambda x: torch.stack([x**k for k in powers], 1).sum(0)
+    )

@@ -15,7 +15,7 @@ from typing import Any
 import casadi as ca
 import numpy as np
 import torch
-from scipy.special import erfcx
+from scipy import special
 
 from ddn_solvers.lowering.casadi_tensor import (
     Call,
@@ -41,7 +41,6 @@ SMOOTH: dict[str, Function] = {
     "cos": ca.cos,
     "cosh": ca.cosh,
     "erf": ca.erf,
-    "erfc": lambda x: 1 - ca.erf(x),
     "exp": ca.exp,
     "exp2": lambda x: ca.exp(x * math.log(2)),
     "expm1": ca.expm1,
@@ -187,12 +186,32 @@ def softplus(x: Any, beta: float = 1, threshold: float = 20) -> Any:
 def gelu(x: Any, approximate: str = "none") -> Any:
     if approximate == "tanh":
         return 0.5 * x * (1 + ca.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-    return x * ndtr(x)
+    return x * (1 + ca.erf(x / math.sqrt(2))) / 2
 
 
-@elementwise("special_ndtr")
-def ndtr(x: Any) -> Any:
-    return 0.5 * (1 + ca.erf(x / math.sqrt(2)))
+@elementwise("erfc", "special_erfc")
+def erfc(x: Any) -> Any:
+    """From erf where it is not small, else exp(-x^2) erfcx(x): 1 - erf(x) has no digit left at x = 6."""
+    tail = x > 0.5
+    t = ca.if_else(tail, x, 1)
+    return ca.if_else(tail, ca.exp(-t * t) * _erfcx(t), 1 - ca.erf(ca.if_else(tail, 0, x)))
+
+
+@elementwise("special_erfcx")
+def erfcx(x: Any) -> Any:
+    positive = x >= 0
+    t, s = ca.if_else(positive, x, -x), ca.if_else(positive, 0, x)
+    return ca.if_else(positive, _erfcx(t), 2 * ca.exp(s * s) - _erfcx(t))
+
+
+def _erfcx(t: Any) -> Any:
+    """exp(t^2) erfc(t) for t >= 0, by Clenshaw's recurrence."""
+    mapped = (t - 3.75) / (t + 3.75)
+    coefficients = _scaled_erfcx()
+    ahead, current = 0.0, coefficients[-1]
+    for coefficient in reversed(coefficients[1:-1]):
+        ahead, current = current, coefficient + 2 * mapped * current - ahead
+    return (coefficients[0] + mapped * current - ahead) / (1 + 2 * t)
 
 
 @functools.cache
@@ -205,24 +224,23 @@ def _scaled_erfcx() -> list[float]:
     def scaled(mapped: Any) -> Any:
         with np.errstate(divide="ignore", invalid="ignore"):
             t = 3.75 * (1 + mapped) / (1 - mapped)
-            return np.where(mapped < 1, (1 + 2 * t) * erfcx(t), 2 / math.sqrt(math.pi))
+            return np.where(mapped < 1, (1 + 2 * t) * special.erfcx(t), 2 / math.sqrt(math.pi))
 
     return list(np.polynomial.chebyshev.chebinterpolate(scaled, 40))
+
+
+@elementwise("special_ndtr")
+def ndtr(x: Any) -> Any:
+    return erfc(-x / math.sqrt(2)) / 2
 
 
 @elementwise("special_log_ndtr")
 def log_ndtr(x: Any) -> Any:
     """log Phi(x): from erf where Phi is not small, else -x^2/2 + log(erfcx(-x / sqrt 2) / 2)."""
     tail = x < -1
-    body = ca.log(ndtr((1 - tail) * x))
+    body = ca.log((1 + ca.erf((1 - tail) * x / math.sqrt(2))) / 2)
     t = ca.if_else(tail, -x, 1) / math.sqrt(2)
-    mapped = (t - 3.75) / (t + 3.75)
-    coefficients = _scaled_erfcx()
-    ahead, current = 0.0, coefficients[-1]  # Clenshaw's recurrence
-    for coefficient in reversed(coefficients[1:-1]):
-        ahead, current = current, coefficient + 2 * mapped * current - ahead
-    series = coefficients[0] + mapped * current - ahead
-    return ca.if_else(tail, -t * t + ca.log(series / (2 * (1 + 2 * t))), body)
+    return ca.if_else(tail, -t * t + ca.log(_erfcx(t) / 2), body)
 
 
 @lowers("xlogy", "special_xlogy")

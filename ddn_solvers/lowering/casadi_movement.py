@@ -156,14 +156,16 @@ def _moved(op: Any, args: Any, kwargs: Any, *, integers_are_data: bool) -> Any:
             return first
         pieces.append(column(data))
         count += math.prod(data.shape)
-        return _positions(data) + first
+        return (
+            _positions(data) + first
+        ).double()  # exact up to 2^53; of integers im2col and some others take none
 
     args, kwargs = tree_map_only((Tensor, torch.Tensor, _Number), number, (tuple(args), kwargs))
     results = op(*args, **kwargs)
     source = concatenate(pieces)
     if isinstance(results, torch.Tensor):
-        return gather(source, results - 1)
-    return tuple(gather(source, result - 1) for result in results)
+        return gather(source, results.long() - 1)
+    return tuple(gather(source, result.long() - 1) for result in results)
 
 
 def _positions(tensor: Any) -> torch.Tensor:

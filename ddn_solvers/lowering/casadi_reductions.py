@@ -97,6 +97,15 @@ def cumsum(call: Call, x: Any, dim: int, dtype: Any = None) -> Any:
     return groups.restore(ca.mtimes(lower, groups.matrix))
 
 
+@lowers("cumprod")
+def cumprod(call: Call, x: Any, dim: int, dtype: Any = None) -> Any:
+    groups = Groups(x, dim)
+    rows = ca.vertsplit(groups.matrix)
+    for i in range(1, groups.size):
+        rows[i] = rows[i - 1] * rows[i]
+    return groups.restore(ca.vertcat(*rows))
+
+
 def _variance(x: Any, dim: Dims, correction: float | None) -> Any:
     groups = Groups(x, dim)
     centred = groups.matrix - repeated(ca.sum1(groups.matrix) / groups.size, groups.size)

@@ -22,6 +22,7 @@ from torch._decomp import core_aten_decompositions, get_decompositions
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
@@ -53,7 +54,13 @@ RULE_MODULES = (  # fill the table
 
 ATEN = torch.ops.aten
 # Core ATen operations that torch can still take apart.
-BEYOND_CORE = (ATEN.native_layer_norm, ATEN.native_group_norm, ATEN.native_batch_norm)
+BEYOND_CORE = (
+    ATEN.native_layer_norm,
+    ATEN.native_group_norm,
+    ATEN.native_batch_norm,
+    ATEN._native_batch_norm_legit,
+    ATEN._native_batch_norm_legit_no_training,
+)
 RANDOM = "depends on random numbers. Draw them outside and pass them as a parameter."
 UNKNOWN = (
     "has no counterpart in CasADi and torch has no decomposition of it. "
@@ -282,10 +289,10 @@ def _decomposition(op: OpOverload, structure: TreeSpec, *leaves: Any) -> fx.Grap
         return op(*args, **kwargs)
 
     examples = [torch.empty(leaves[place].shape, dtype=leaves[place].dtype) for place in places]
-    functional = torch.func.functionalize(function, remove="mutations_and_views")
+    # torch.func.functionalize would leave what torch itself writes into tensors that it makes on the way.
     with torch.no_grad():
         return make_fx(
-            functional,
+            dispatch_functionalize(function),
             decomposition_table=_decompositions(),
             tracing_mode="fake",
             _allow_non_fake_inputs=True,

@@ -1,0 +1,73 @@
+"""Do compiled functions say what the functions themselves say?
+
+They are made of torch's own decompositions, among much else, and not each of those is right: in torch 2.13 that of
+``multilabel_margin_loss`` is another function. So both are called once, at points of no significance.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils._python_dispatch import _disable_current_modes
+
+if TYPE_CHECKING:
+    from ddn_solvers.program import Program
+
+_CLOSE, _ROUNDING = 1e-6, 1e-10  # relative to the largest entry, and what cancelled terms may leave
+_COMPARED = (
+    "objective",
+    "constraints",
+    "lower bounds",
+    "upper bounds",
+    "objective's pieces",
+    "constraints' pieces",
+)
+
+
+def disagreement(program: Program) -> str:
+    """What a compiled program says otherwise than the functions that it was made of; empty if nothing."""
+    generator = torch.Generator().manual_seed(0)
+    count = len(program.problem.parameters)
+    with _disable_current_modes(), temporarily_clear_interpreter_stack(), torch.no_grad():
+        captured = [
+            t.detach().to("cpu", torch.float64).reshape(-1) for t in program.graph.read_captures(None)
+        ]
+        for draw in (torch.rand, torch.randn):
+            sizes = [program.variables.size, *(block.size for block in program.parameters[:count])]
+            z, *given = (draw(size, generator=generator, dtype=torch.float64) for size in sizes)
+            blocks = [*given, *captured]
+            try:
+                right = program.evaluate(z, blocks, declared=True)
+            except (
+                Exception
+            ):  # where the functions have no value, as the inverse of such a matrix, none is asked for
+                continue
+            arrays = [block.numpy() for block in blocks]
+            said = [*program.values(z.numpy(), arrays), *program.bounds(arrays)]
+            if program.pieces is not None:
+                sigma = program.pieces_at(z.numpy()[None], arrays)
+                f, c = program.smooth.values(z.numpy(), [*arrays, sigma, np.zeros_like(sigma)])
+                said += [f, c[:, : program.constraints]]
+            for what, ours, torchs in zip(_COMPARED, said, [*right, *right[:2]], strict=False):
+                entry = _different(ours.reshape(-1), torchs.numpy().reshape(-1))
+                if entry is not None:
+                    return (
+                        f"their {what}, of which an entry would be {entry[0]:.6g} in place of {entry[1]:.6g}"
+                    )
+    return ""
+
+
+def _different(ours: Any, right: Any) -> tuple[float, float] | None:
+    """The pair that is farthest apart, where it is too far; where torch has no finite value there is nothing to say."""
+    finite = np.isfinite(right)
+    if not finite.any():
+        return None
+    ours, right = ours[finite], right[finite]
+    away = np.nan_to_num(np.abs(ours - right), nan=np.inf)
+    worst = int(away.argmax())
+    if away[worst] <= _CLOSE * np.abs(right).max() + _ROUNDING:
+        return None
+    return float(ours[worst]), float(right[worst])
