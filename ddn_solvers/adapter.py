@@ -270,6 +270,27 @@ class Point:
     fallback: str = ""  # why it went the slow way; one ``FallbackWarning`` a call
 
 
+def as_point(answer: Any, initial: Array, equalities: int, inequalities: int) -> Point:
+    """What a backend returned, if it is a ``Point`` of the right shapes; else one at ``initial`` that says what it is."""
+    if not isinstance(answer, Point):
+        message = f"returned {type(answer).__name__}, expected a Point"
+        return Point(initial, Status.BACKEND_ERROR, message=message)
+    n = len(initial)
+    sizes = {
+        "primal": n,
+        "equality": equalities,
+        "inequality": inequalities,
+        "lower": n,
+        "upper": n,
+    }
+    for name, size in sizes.items():
+        value = getattr(answer, name)
+        if np.shape(value) != (size,) and (value is not None or name == "primal"):
+            message = f"returned {name} of shape {np.shape(value)}, expected {(size,)}"
+            return Point(initial, Status.BACKEND_ERROR, message=message)
+    return answer
+
+
 def bound_multipliers(forces: Array) -> dict[str, Any]:
     """``lower`` and ``upper`` of a ``Point`` from multipliers that are positive at upper bounds."""
     return {"lower": np.maximum(-forces, 0), "upper": np.maximum(forces, 0)}
@@ -478,12 +499,17 @@ class Adapter(abc.ABC):
         Raises:
             DDNError, KeyboardInterrupt: As ``attempt``.
         """
+        answers: Any
         try:
-            return self.solve_batch(batch)
+            answers = self.solve_batch(batch)
         except DDNError:
             raise
         except Exception:  # of some sample: ask one by one
-            return [self.attempt(batch[i]) for i in range(len(batch))]
+            answers = [self.attempt(batch[i]) for i in range(len(batch))]
+        m, q = batch.program.equality.size, batch.program.inequality.size
+        if not isinstance(answers, Sequence) or len(answers) != len(batch):
+            answers = [answers] * len(batch)
+        return [as_point(answer, z, m, q) for answer, z in zip(answers, batch.initial, strict=True)]
 
     def attempt(self, instance: Instance) -> Point:
         """``solve``, where an exception of the backend's own fails that sample alone.
@@ -496,7 +522,9 @@ class Adapter(abc.ABC):
             if time.monotonic() > instance.options.deadline:
                 raise OutOfTime(_LATE)
             with interruptible():
-                point = self.solve(instance)
+                answer = self.solve(instance)
+            program = instance.program
+            point = as_point(answer, instance.initial, program.equality.size, program.inequality.size)
         except DDNError:
             raise
         except OutOfTime as error:

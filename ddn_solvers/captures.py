@@ -18,6 +18,7 @@ from __future__ import annotations
 import dis
 import functools
 import types
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,6 +32,9 @@ from ddn_solvers.validation import FIELDS
 
 Overrides = Mapping[str, Any]
 _SCALARS = (bool, int, float, complex, str, bytes, type(None), np.generic)
+_SEQUENCES = (list, tuple, deque)
+# torch's own attributes, whose contents are walked as what they are.
+_OF_MODULES = frozenset(key for key in vars(torch.nn.Module()) if key.startswith("_"))
 _MAX_DEPTH = 12
 _MAX_OBJECTS = 20_000  # a captured data set is not searched to its last item
 _MAX_COMPARED = 100_000  # entries of a constant up to which its content is compared, not only its version
@@ -117,6 +121,11 @@ class Captures:
     inputs: tuple[Accessor, ...]
     watches: tuple[Watch, ...]
 
+    @property
+    def accessors(self) -> tuple[Accessor, ...]:
+        """Of inputs and watched values, those of inputs first: their names are what a layer registers first."""
+        return (*self.inputs, *(watch.accessor for watch in self.watches))
+
 
 def fingerprint(value: Any, is_input: bool) -> tuple[Any, ...]:
     """Equal fingerprints: the graph that saw the one serves for the other."""
@@ -136,7 +145,7 @@ def fingerprint(value: Any, is_input: bool) -> tuple[Any, ...]:
         return (type(value), tuple(children), hooks, vars(value).get("forward"))
     if isinstance(value, Mapping):
         return (type(value), tuple(value))
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, _SEQUENCES):
         return (type(value), len(value))
     if isinstance(value, (set, frozenset)):
         return (type(value), frozenset(value))
@@ -215,6 +224,7 @@ class _Walk:
     def __init__(self) -> None:
         self.visited: dict[int, Accessor] = {}
         self.classes: set[type] = set()
+        self.names: set[str] = set()  # that the functions met so far refer to
         self.anchors: dict[str, int] = {}
         self.ties: list[tuple[Accessor, Accessor]] = []
         self.kept_alive: list[Any] = []  # ids are only good while their objects live
@@ -250,7 +260,7 @@ class _Walk:
             yield accessor, value, in_module
             for key in value:
                 yield from self.value(accessor.step("item", key), value[key], depth + 1)
-        elif isinstance(value, (list, tuple)):
+        elif isinstance(value, _SEQUENCES):
             yield accessor, value, in_module
             for key, item in enumerate(value):
                 yield from self.value(accessor.step("item", key), item, depth + 1)
@@ -298,13 +308,29 @@ class _Walk:
                 yield from self.value(accessor.step("attr", key), tensor, depth + 1, True)
         for key, child in module.named_children():
             yield from self.value(accessor.step("attr", key), child, depth + 1, True)
+        named = self._named(type(module))
         for key, attribute in list(vars(module).items()):
-            if not key.startswith("_"):
+            # Frameworks keep much in private attributes; of those, only what these functions refer to.
+            if key not in _OF_MODULES and (key in named or not key.startswith("_")):
                 yield from self.value(accessor.step("attr", key), attribute, depth + 1, True)
         for kind in ("_forward_pre_hooks", "_forward_hooks"):
             for key, hook in getattr(module, kind).items():
                 yield from self.value(accessor.step("attr", kind).step("item", key), hook, depth + 1, True)
         yield from self._class(accessor, type(module), depth, set(vars(module)))
+
+    def _named(self, cls: type) -> set[str]:
+        """Names that the functions met so far refer to, and methods of ``cls`` that those may call."""
+        methods: dict[str, list[types.CodeType]] = {}
+        for base in cls.__mro__:
+            for key, attribute in {} if _foreign(base.__module__) else vars(base).items():
+                function = attribute.fget if isinstance(attribute, property) else attribute
+                if isinstance(function, types.FunctionType):
+                    methods.setdefault(key, []).append(function.__code__)
+        named, called = set(self.names), {"forward", "__call__"} & methods.keys()
+        while called:
+            named |= {name for key in called for code in methods.pop(key) for name in _global_names(code)}
+            called = named & methods.keys()
+        return named
 
     def function(self, accessor: Accessor, function: Any, depth: int) -> Iterator[Found]:
         """Everything that a function refers to: closure, globals it names, defaults, ``self``."""
@@ -317,16 +343,21 @@ class _Walk:
                 yield from self.value(here, argument, depth + 1)
             return
         if isinstance(function, types.MethodType):
+            if isinstance(function.__func__, types.FunctionType):
+                self.names |= _global_names(function.__func__.__code__)
             owner = replace(accessor.step("attr", "__self__"), name="self")
             yield from self.value(owner, function.__self__, depth + 1)
             function = function.__func__
         if not isinstance(function, types.FunctionType) or _foreign(function.__module__):
             return
+        names = _global_names(function.__code__)
+        self.names |= names
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             yield from self._cell(name, cell, depth)
         for name, default in _defaults(function):
             yield from self.value(Accessor(name, _constant(default)), default, depth + 1)
-        names = _global_names(function.__code__)
+        for key, attribute in vars(function).items():
+            yield from self.value(accessor.step("attr", key), attribute, depth + 1)
         for name in sorted(names & function.__globals__.keys()):
             yield from self._global(name, function.__globals__, names, depth)
 

@@ -58,7 +58,7 @@ class DeclarativeLayer(torch.nn.Module):
         as_policy(policy)
         program = compile_program(self.problem)
         routes(solver, program)
-        self._register_captures(program.graph.seen.inputs)
+        self._register_captures(program.graph.seen.accessors)
         self._front = compiled.Front(self, program)
 
     def forward(
@@ -186,7 +186,7 @@ class DeclarativeLayer(torch.nn.Module):
         super().__setstate__({**state, "_previous": None, "_origins": {}})  # type: ignore[no-untyped-call]  # torch leaves it untyped
         program = compile_program(self.problem)
         self._front = compiled.Front(self, program)
-        for accessor in program.graph.seen.inputs:
+        for accessor in program.graph.seen.accessors:
             if accessor.anchor is not None:
                 self._origins[accessor.anchor] = _Origin(accessor, accessor.read_anchor())
 

@@ -29,10 +29,16 @@ def register(name: str, factory: Callable[[], Adapter]) -> None:
         factory: Called once, on first use; an ``Adapter`` subclass will do.
 
     Raises:
-        ProblemError: The name is unusable or taken.
+        ProblemError: The name is unusable or taken, or the factory cannot be called.
     """
-    if not name or not set(name).isdisjoint(": ,") or name == "auto":
+    if not isinstance(name, str) or not name or not set(name).isdisjoint(": ,") or name == "auto":
         raise ProblemError("the backend's name is unusable", expected="a word without ':'", got=repr(name))
+    if not callable(factory):
+        raise ProblemError(
+            f"the factory of backend {name!r} cannot be called",
+            expected="an Adapter subclass",
+            got=repr(factory),
+        )
     if name in backends():
         raise ProblemError(f"a backend named {name!r} is registered already")
     with _lock:

@@ -234,7 +234,7 @@ class Search:
             points = attempt(route.adapter, batch)
         finally:
             self.phases["backend"] += time.perf_counter() - started
-        points = [self._checked(point, z) for point, z in zip(points, start, strict=True)]
+        points = [self._finite(point, z) for point, z in zip(points, start, strict=True)]
         if route.form is Form.SCALED:
             return [_unscaled(*each) for each in zip(points, unit[:, 0], energy[:, 0], strict=True)]
         return [self._lowered(point) for point in points] if route.form is Form.LIFTED else points
@@ -254,10 +254,7 @@ class Search:
         here.point.y[:, program.equality.size : program.constraints] = 1.0
         return bool((here.kink_weights < 0).any())
 
-    def _checked(self, point: Point, initial: Array) -> Point:
-        if np.shape(point.primal) != initial.shape:
-            message = f"returned a point of shape {np.shape(point.primal)}, expected {initial.shape}"
-            return Point(initial, Status.BACKEND_ERROR, message=message)
+    def _finite(self, point: Point, initial: Array) -> Point:
         if not np.isfinite(point.primal).all():
             status = Status.NUMERICAL_ERROR if point.status is Status.OPTIMAL else point.status
             return Point(initial, status, message=point.message or "returned numbers that are not finite")

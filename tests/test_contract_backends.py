@@ -174,6 +174,33 @@ def test_a_crash_is_a_backend_error_that_says_what():
     assert caught.value.solution.status == (S.BACKEND_ERROR,)
 
 
+@pytest.mark.parametrize("answer", [
+    None,
+    (np.zeros(2), S.OPTIMAL),
+    api.Point(None, S.OPTIMAL),
+    api.Point(np.zeros(3), S.OPTIMAL),
+    api.Point(np.zeros(2), S.OPTIMAL, inequality=np.zeros(5)),
+])  # fmt: skip
+def test_an_answer_that_is_no_point_of_the_right_shape_fails_its_sample_alone(answer):
+    problem = ddn.Problem(
+        {"u": (2,)},
+        {"x": ()},
+        lambda u, x: torch.exp((u - x).square()).sum(),
+        inequality=lambda u: u.sum() - 1,
+    )
+    name = register(lambda instance: answer)
+    x = torch.ones(2, dtype=D)
+    failed = ddn.solve(problem, {"x": x}, solver=name, policy=ddn.Policy("mask"))
+    assert failed.status == (S.BACKEND_ERROR,) * 2
+    assert ddn.solve(problem, {"x": x}, solver=[name, "scipy:SLSQP"]).converged.all()
+
+
+@pytest.mark.parametrize(("name", "factory"), [(3, ddn.adapter.Adapter), ("no_factory", None)])
+def test_what_cannot_be_registered_says_so(name, factory):
+    with pytest.raises(ddn.ProblemError, match="backend"):
+        ddn.register(name, factory)
+
+
 # nothing that the polish could solve from the start
 STEEP = ddn.Problem({"u": (2,)}, {"x": (2,)}, lambda u, x: torch.exp((u - x).square()).sum())
 TARGETS = 5 + rand(3, 2).abs()

@@ -1,5 +1,6 @@
 """What functions capture: never stale, always differentiable, owned by the layer that captured it."""
 
+import collections
 import copy
 import enum
 import functools
@@ -945,3 +946,60 @@ def test_sparse_constants(convert):
     A.requires_grad_()
     with pytest.raises(ddn.ProblemError, match="sparse tensor that requires a gradient"):
         ddn.solve(problem, {"x": X[:2]})
+
+
+class Gained(nn.Module):
+    def __init__(self, gain):
+        super().__init__()
+        self._gain, self._unused = gain, [0]
+
+    def forward(self):
+        self._unused[0] += 1  # a counter that no result depends on, as frameworks keep many
+        return self._gain
+
+
+@pytest.mark.parametrize("gain", [
+    lambda v: v,
+    lambda v: torch.tensor(v, dtype=D),
+    lambda v: torch.tensor(v, dtype=D, requires_grad=True),
+])  # fmt: skip
+def test_a_private_attribute_of_a_module_is_seen(gain):
+    module = Gained(gain(2.0))
+    problem = distance(module)
+    layer = ddn.DeclarativeLayer(problem)
+    torch.testing.assert_close(layer(X), 2 * X)
+    module._gain = gain(3.0)
+    torch.testing.assert_close(layer(X), 3 * X)
+    assert seen(problem) == pytest.approx(3)
+
+
+def test_an_attribute_of_a_function_and_items_of_a_deque_are_seen():
+    queue = collections.deque([1.0])
+
+    def gain():
+        return gain.value * queue[0]
+
+    gain.value = 2.0
+    problem = distance(gain)
+    assert seen(problem) == pytest.approx(2)
+    gain.value = 3.0
+    assert seen(problem) == pytest.approx(3)
+    queue.appendleft(4.0)
+    assert seen(problem) == pytest.approx(12)
+
+
+def test_a_module_without_parameters_follows_the_modes_of_its_layer():
+    class Switch(nn.Module):
+        def forward(self, x):
+            return (2.0 if self.training else 3.0) * x
+
+    switch = Switch()
+    layer = ddn.DeclarativeLayer(
+        ddn.Problem({"u": (3,)}, {"x": (3,)}, lambda u, x: (u - switch(x)).square().sum())
+    )
+    assert dict(layer.named_children()) == {"switch": switch}
+    torch.testing.assert_close(layer(X), 2 * X)
+    torch.testing.assert_close(layer.eval()(X), 3 * X)
+    own = copy.deepcopy(layer).train()
+    torch.testing.assert_close(own(X), 2 * X)
+    torch.testing.assert_close(layer(X), 3 * X)

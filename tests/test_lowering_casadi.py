@@ -865,3 +865,59 @@ def test_what_torch_itself_writes_into_memory_it_made_is_followed() -> None:
     assert_matches(
         lambda x: torch.vander(x, 4).sum(0), X, like=lambda x: torch.stack([x**k for k in powers], 1).sum(0)
     )
+
+
+PACKED = torch.tensor([[4.0, 0, 0], [1, 3, 0], [0.5, 0.2, 2]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        torch.linalg.eigvalsh,
+        lambda m: torch.linalg.eigvalsh(m.mT, UPLO="U"),
+        lambda m: torch.linalg.cholesky(m).diagonal(),
+        lambda m: torch.linalg.cholesky(m.mT, upper=True).diagonal(),
+    ],
+)
+def test_one_triangle_is_read_as_torch_reads_it(function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """The value is that of the triangle; of parameters the derivative is shared by both, of variables it is true."""
+    p = ca.MX.sym("p", 9)
+    graph = traced(lambda z, m: function(m), torch.zeros(1), PACKED)
+    (output,) = lower(graph, [ca.MX.sym("z", 1), p], 1).outputs
+    evaluated = ca.Function("f", [p], [output, ca.jacobian(output, p)])
+    value, slope = (v.full() for v in evaluated(PACKED.reshape(-1).numpy()))
+    np.testing.assert_allclose(value.ravel(), function(PACKED), rtol=1e-12)
+    np.testing.assert_allclose(slope, jacobian(function, PACKED).reshape(3, 9), atol=1e-9)
+
+    rows, columns = torch.tril_indices(3, 3)
+    at = PACKED[rows, columns]
+
+    def packed(v: torch.Tensor) -> torch.Tensor:
+        return function(torch.zeros(3, 3, dtype=torch.float64).index_put((rows, columns), v))
+
+    def whole(v: torch.Tensor) -> torch.Tensor:
+        lower = torch.zeros(3, 3, dtype=torch.float64).index_put((rows, columns), v)
+        return function(lower + lower.tril(-1).mT)
+
+    for mine, right in zip(derivatives(packed, at), reference(whole, at), strict=True):
+        np.testing.assert_allclose(mine, right, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("function", [
+    lambda x: torch.where(torch.isnan(x.log()), 0.0, x),
+    lambda x: torch.where(torch.isinf(1 / x), 5.0, x),
+    lambda x: torch.where(torch.isfinite(x.sqrt()), x, 0.0),
+    lambda x: x % 0.1,
+    lambda x: x % -0.1,
+    lambda x: torch.fmod(x, 0.1),
+    lambda x: torch.div(x, 0.1, rounding_mode="floor"),
+    lambda x: torch.div(x, -0.1, rounding_mode="floor"),
+    lambda x: torch.std_mean(0 * x)[0] + x,
+])  # fmt: skip
+def test_values_at_special_points_are_those_of_torch(
+    function: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    x = torch.tensor([-1.0, 0.0, 1.0, 0.7, 7.0, 0.9, -0.3, 0.05], dtype=torch.float64)
+    result, symbols = lowered(function, x)
+    (found,) = evaluate(list(result.outputs), symbols, x)
+    np.testing.assert_allclose(found.ravel(), function(x), atol=1e-15)

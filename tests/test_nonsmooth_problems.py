@@ -593,3 +593,62 @@ def test_a_norm_that_is_left_is_a_norm_again(radius):
     )
     found = ddn.solve(two, {"x": torch.ones(4, dtype=D)})["u"]
     close(found, torch.tensor([0.01, 0.01, 1.0, 1.0], dtype=D) / 2**0.5)
+
+
+def tree_prox(x, c):
+    """Of c (|u| + |u[1:]| + |u[2:]| + |u_3|), from the leaves to the root (Jenatton et al. 2011, theorem 1)."""
+    u = torch.cat([x[:3], x[3:].sign() * (x[3:].abs() - c).relu()])
+    for k in (2, 1, 0):
+        rest = u[k:]
+        length = rest.norm()
+        u = torch.cat([u[:k], rest * (1 - c / length).relu() if length > 0 else rest * 0])
+    return u
+
+
+@pytest.mark.filterwarnings("ignore::ddn_solvers.DegeneracyWarning")
+@pytest.mark.parametrize("solver", ["auto", "newton", "casadi:ipopt", "cvxpy:CLARABEL", "scipy:SLSQP"])
+@pytest.mark.parametrize("weight", [0.149, 0.15, 0.151])
+def test_norms_of_parts_of_each_other_that_vanish_together(weight, solver):
+    """Their forces are within all limits, as balls; least squares alone puts them outside, and a corner was called optimal."""
+    problem = ddn.Problem(
+        {"u": (4,)},
+        {"x": (4,)},
+        lambda u, x: (
+            0.5 * (u - x).square().sum() + weight * (u.norm() + u[1:].norm() + u[2:].norm() + u[3].abs())
+        ),
+    )
+    x = torch.tensor([0.3, -0.2, 0.1, 0.25], dtype=D, requires_grad=True)
+    u = ddn.solve(problem, {"x": x}, solver=solver)["u"]
+    expected = tree_prox(x, weight)
+    close(u, expected)
+    (found,) = torch.autograd.grad(u.sum(), x)
+    (wanted,) = torch.autograd.grad(expected.sum(), x)
+    close(found, wanted)
+
+
+def _clusters(u):
+    pairs = [(i, j) for i in range(4) for j in range(i)]
+    return sum((u[2 * i : 2 * i + 2] - u[2 * j : 2 * j + 2]).norm() for i, j in pairs) / 3
+
+
+VANISHING = {  # penalty, weight, solution
+    "norm and total variation": (lambda u: u.norm() + u.diff().abs().sum(), 1.5, lambda x: 0 * x),
+    "convex clustering": (_clusters, 3.0, lambda x: x.reshape(4, 2).mean(0).repeat(4)),
+}
+
+
+@pytest.mark.filterwarnings("ignore::ddn_solvers.DegeneracyWarning")
+@pytest.mark.parametrize("solver", ["auto", "casadi:ipopt", "cvxpy:CLARABEL"])
+@pytest.mark.parametrize("name", VANISHING)
+@pytest.mark.parametrize("seed", range(3))
+def test_sums_of_norms_that_all_vanish(seed, name, solver):
+    penalty, weight, formula = VANISHING[name]
+    problem = ddn.Problem(
+        {"u": (8,)}, {"x": (8,)}, lambda u, x: 0.5 * (u - x).square().sum() + weight * penalty(u)
+    )
+    x = (0.4 * rand(8, seed=seed)).requires_grad_()
+    u = ddn.solve(problem, {"x": x}, solver=solver)["u"]
+    close(u, formula(x))
+    (found,) = torch.autograd.grad(u @ rand(8, seed=9), x)
+    (wanted,) = torch.autograd.grad(formula(x) @ rand(8, seed=9), x)
+    close(found, wanted)

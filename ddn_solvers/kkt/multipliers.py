@@ -31,6 +31,7 @@ _NEARLY_ACTIVE = 1e-5  # scaled slack within which a constraint may be active
 _UNCHANGED = 1e-9  # relative change of a force, or of a multiplier that is held, that is rounding
 _NOTHING = 1e-30  # entry of a unit vector that is zero
 _ZERO = 1e-10  # relative difference of curvature, or multiplier, that counts as none
+_CUTS = 100  # linear programs for one choice of multipliers
 _CANCELLING = (
     1e6  # force of a multiplier relative to those of the objective that only dependent rows can hold
 )
@@ -115,12 +116,29 @@ def _fitted(evaluation: Evaluation, near: Mask, equality: Mask) -> PrimalDual:
         unit = 1 / _norms(columns)
         weights, norms = evaluation.kink_weights[i, kink], evaluation.row_norms[i, equalities + q + kink]
         unit[len(free) - len(kink) : len(free)] = _kink_units(weights, norms)
-        solution = unit * _signed_least_squares(
-            _scaled(columns, unit), -evaluation.stationarity[i], len(free)
-        )
+        measured = _scaled(columns, unit)
+        solution = unit * _signed_least_squares(measured, -evaluation.stationarity[i], len(free))
+        if len(kink) and isinstance(measured, np.ndarray):
+            limits = np.full((2, len(unit)), [[-np.inf], [np.inf]])
+            limits[0, len(free) :] = 0.0
+            limits[:, len(free) - len(kink) : len(free)] = -np.abs(weights), np.abs(weights)
+            solution = _within(solution, measured, limits, _balls(program, free), unit)
         cuts = np.cumsum([len(free), len(inequality), len(lower)])
         y[i, free], y[i, signed], bounds[0][i, lower], bounds[1][i, upper] = np.split(solution, cuts)
     return replace(point, y=y, lower=bounds[0], upper=bounds[1])
+
+
+def _within(solution: Array, columns: Array, limits: Array, balls: tuple[Index, ...], unit: Array) -> Array:
+    """Where kinks depend on each other, those of the multipliers that balance as much which are inside their limits."""
+    choice = _Choice(solution, limits, balls, unit, np.zeros((len(unit), 0)))
+    if choice.holds(solution) or not np.isfinite(columns).all():
+        return solution
+    _, singular, rotated = np.linalg.svd(columns)
+    rank = int((singular > DEPENDENT * max(singular.max(initial=0.0), 1.0)).sum())
+    if rank == len(unit):
+        return solution
+    inside = replace(choice, free=unit[:, None] * rotated[rank:].T).inmost()
+    return solution if inside is None else inside
 
 
 def _columns(evaluation: Evaluation, i: int, rows: Index, lower: Index, upper: Index) -> Any:
@@ -191,26 +209,97 @@ def _norms(columns: Any) -> Array:
 
 
 @dataclass(frozen=True)
-class _ActiveRows:
-    """The active rows of one sample, bounds included, with their multipliers.
+class _Choice:
+    """Multipliers known + free t of one sample, any t (d,), and the limits between which they have to be.
+
+    Attributes:
+        known: (rows,).
+        limits: Between which numbers each lies, (2, rows): none for equalities, >= 0, |mu| <= w.
+        balls: Rows of each norm of several entries, whose |mu| <= w holds of all of them together.
+        unit: In which each is measured, (rows,); see ``_kink_units``.
+        free: Directions in which the multipliers are not determined, (rows, d).
+    """
+
+    known: Array
+    limits: Array
+    balls: tuple[Index, ...]
+    unit: Array
+    free: Array
+
+    def _room(self) -> tuple[Array, Array, Array]:
+        """Rows, right-hand side and unit of every limit, as rows t <= room for multipliers known + free t."""
+        least, most = self.limits
+        below, above = np.isfinite(least), np.isfinite(most)
+        rows = np.concatenate([-self.free[below], self.free[above]])
+        room = np.concatenate([(self.known - least)[below], (most - self.known)[above]])
+        return rows, room, np.concatenate([self.unit[below], self.unit[above]])
+
+    def largest(self, gain: Array) -> Array | None:
+        """Multipliers that maximise ``gain`` (d,) along ``free``; ``None`` if there is no limit."""
+        from scipy.optimize import linprog  # a quarter of a second to import, needed here only
+
+        rows, room, _ = self._room()
+        found = linprog(-gain, rows, np.maximum(room, 0), bounds=(None, None))
+        return self.known + self.free @ found.x if found.status == 0 else None
+
+    def holds(self, multipliers: Array, depth: float = 0.0) -> bool:
+        """Whether they are inside of the limits of kinks, by ``depth`` units of each."""
+        least, most = self.limits
+        kinks, margin = np.isfinite(most), depth * self.unit
+        inside = (multipliers >= least + margin) & (multipliers <= most - margin)
+        return bool(inside[kinks].all()) and not self._outside(multipliers, depth)
+
+    def _outside(self, multipliers: Array, depth: float) -> list[Index]:
+        """The balls in which they are not, by ``depth`` units."""
+        return [
+            ball
+            for ball in self.balls
+            if np.linalg.norm(multipliers[ball]) > self.limits[1, ball[0]] - depth * self.unit[ball[0]]
+        ]
+
+    def inmost(self) -> Array | None:
+        """Multipliers as far inside of all limits as can be, in their units; ``None`` if there are none inside.
+
+        Balls by cutting planes (Kelley 1960): a half space for each in which they were not.
+        """
+        from scipy.optimize import linprog  # a quarter of a second to import, needed here only
+
+        rows, room, unit = self._room()
+        d = self.free.shape[1]
+        for _ in range(_CUTS):
+            found = linprog(
+                [*[0.0] * d, -1.0], np.column_stack([rows, unit]), room, bounds=[*[(None, None)] * d, (0, 1)]
+            )
+            if found.status != 0:
+                return None
+            multipliers, depth = self.known + self.free @ found.x[:d], float(found.x[d])
+            # Halfway in from the best there can be is inside enough.
+            outside = self._outside(multipliers, depth / 2 - _ZERO)
+            if not outside:
+                return multipliers
+            for ball in outside:
+                outward = multipliers[ball] / np.linalg.norm(multipliers[ball])
+                rows = np.vstack([rows, outward @ self.free[ball]])
+                room = np.append(room, self.limits[1, ball[0]] - outward @ self.known[ball])
+                unit = np.append(unit, self.unit[ball[0]])
+        return None
+
+
+@dataclass(frozen=True)
+class _ActiveRows(_Choice):
+    """The active rows of one sample, bounds included, and the choice of their multipliers.
+
+    With J the active rows of c, ``free`` is the null space of J^T in the variables that no bound fixes; bounds take what
+    J^T y is in the others.
 
     Attributes:
         index: Which rows of c, lower bounds and upper bounds they are.
         norms: Of their gradients, (rows,).
-        known: Their multipliers, (rows,).
-        limits: Between which numbers each of those lies, (2, rows): none for equalities, >= 0, |mu| <= w.
-        unit: In which each is measured, (rows,); see ``_kink_units``.
-        free: Directions in which the multipliers are not determined, (rows, d). With J the active rows of c they
-            are the null space of J^T in the variables that no bound fixes; bounds take what J^T y is in the others.
-        on_free: J in the former variables, (rows of c, free variables).
+        on_free: J in the variables that no bound fixes, (rows of c, free variables).
     """
 
     index: tuple[Index, Index, Index]
     norms: Array
-    known: Array
-    limits: Array
-    unit: Array
-    free: Array
     on_free: Array
 
     @staticmethod
@@ -221,8 +310,8 @@ class _ActiveRows:
         known = np.concatenate([point.y[i, rows], point.lower[i, left], point.upper[i, right]])
         m = evaluation.program.constraints
         weights = np.abs(evaluation.kink_weights[i, rows[rows >= m] - m])
-        free, kink = (rows < active.equalities).sum(), len(weights)
-        least = np.concatenate([np.full(free, -np.inf), np.zeros(len(rows) - free - kink), -weights])
+        equal, kink = (rows < active.equalities).sum(), len(weights)
+        least = np.concatenate([np.full(equal, -np.inf), np.zeros(len(rows) - equal - kink), -weights])
         most = np.concatenate([np.full(len(rows) - kink, np.inf), weights])
         bounds = np.zeros(len(left) + len(right))
         limits = np.stack([np.concatenate([least, bounds]), np.concatenate([most, bounds + np.inf])])
@@ -235,15 +324,9 @@ class _ActiveRows:
         # LAPACK leaves subnormal numbers in rows that share no variable, and arithmetic on those takes a hundred times as long.
         undetermined = np.where(np.abs(rotated[rank:].T) < _NOTHING, 0.0, rotated[rank:].T) / scale[:, None]
         taken = J.T @ undetermined
-        return _ActiveRows(
-            (rows, left, right),
-            norms,
-            known,
-            limits,
-            unit,
-            np.concatenate([undetermined, taken[left], -taken[right]]),
-            J[:, loose],
-        )
+        free = np.concatenate([undetermined, taken[left], -taken[right]])
+        balls = _balls(evaluation.program, rows)
+        return _ActiveRows(known, limits, balls, unit, free, (rows, left, right), norms, J[:, loose])
 
     def put(self, point: PrimalDual, i: int, values: Array) -> None:
         """Write multipliers into sample ``i`` of a point."""
@@ -269,32 +352,15 @@ class _ActiveRows:
         straight = np.zeros(len(self.known) - len(rows))
         return np.concatenate([nonzeros @ projection[pattern.indices, pattern.columns], straight])
 
-    def _room(self) -> tuple[Array, Array, Array]:
-        """Rows, right-hand side and unit of every limit, as rows t <= room for multipliers known + free t."""
-        least, most = self.limits
-        below, above = np.isfinite(least), np.isfinite(most)
-        rows = np.concatenate([-self.free[below], self.free[above]])
-        room = np.concatenate([(self.known - least)[below], (most - self.known)[above]])
-        return rows, room, np.concatenate([self.unit[below], self.unit[above]])
 
-    def largest(self, gain: Array) -> Array | None:
-        """Multipliers that maximise ``gain`` (d,) along ``free``; ``None`` if there is no limit."""
-        from scipy.optimize import linprog  # a quarter of a second to import, needed here only
-
-        rows, room, _ = self._room()
-        found = linprog(-gain, rows, np.maximum(room, 0), bounds=(None, None))
-        return self.known + self.free @ found.x if found.status == 0 else None
-
-    def inmost(self) -> Array | None:
-        """Multipliers as far inside of all limits as can be, in their units; ``None`` if there are none inside."""
-        from scipy.optimize import linprog  # a quarter of a second to import, needed here only
-
-        rows, room, depth = self._room()
-        d = self.free.shape[1]
-        found = linprog(
-            [*[0.0] * d, -1.0], np.column_stack([rows, depth]), room, bounds=[*[(None, None)] * d, (0, 1)]
-        )
-        return self.known + self.free @ found.x[:d] if found.status == 0 else None
+def _balls(program: Program, rows: Index) -> tuple[Index, ...]:
+    """Where among ``rows`` of c those of each norm of several entries are."""
+    if program.pieces is None or program.numbers.all():
+        return ()
+    kinks = np.flatnonzero(rows >= program.constraints)
+    group = program.pieces.group[rows[kinks] - program.constraints]
+    balls = (kinks[group == g] for g in np.unique(group))
+    return tuple(ball for ball in balls if len(ball) > 1)
 
 
 def dependent_rows(evaluation: Evaluation, active: ActiveSet, bent: Curvature) -> tuple[Mask, Mask, Mask]:
@@ -365,15 +431,13 @@ def _of_binding_curvature(rows: _ActiveRows, bends: Array) -> Array:
         if binding is not None:  # otherwise the curvature has no limit, and nothing can be chosen by it
             known = binding
             free = free @ np.linalg.svd(curved[None])[2][1:].T  # along which it stays what it is
-    least, most = rows.limits
     unit = rows.unit
     found = unit * _minimum_norm(free / unit[:, None], known / unit, *(rows.limits / unit))
     moved = (found - known)[: len(rows.on_free)]
     forces = np.abs(found[: len(moved)]) @ np.abs(rows.on_free)
     if (np.abs(moved @ rows.on_free) > _UNCHANGED * forces.max(initial=0.0)).any():
         found = known  # rows that are dependent to six digits
-    margin = _ZERO * unit
-    if ((found >= least + margin) & (found <= most - margin))[np.isfinite(most)].all():
+    if rows.holds(found, _ZERO):
         return found
     inside = rows.inmost()  # kinks that hold: as far from being left as they can be
     return found if inside is None else inside

@@ -157,14 +157,16 @@ def judge(polished: Polished, policy: Policy, dtype: torch.dtype, minimum: bool 
     """
     evaluation, batch = polished.evaluation, len(polished.predicted)
     program = evaluation.program
-    feasibility, complementarity = evaluation.scaled_feasibility, evaluation.scaled_complementarity
+    feasibility, complementarity = evaluation.scaled_feasibility, evaluation.scaled_complementarity.copy()
     stationarity, predicted = evaluation.scaled_stationarity.copy(), polished.predicted
     decides = polished.singular | (stationarity > _UNBALANCED)
-    # Where the point could not be polished to rounding, the active set is judged less finely.
-    tolerance = np.maximum(policy.activity_tolerance(dtype), 10 * evaluation.scaled)
-    tolerance = np.where(np.isfinite(tolerance), tolerance, 0.0)
-    evaluation, active, singular, condition = _established(evaluation, tolerance, polished, policy)
+    evaluation, active, singular, condition = _established(
+        evaluation, complementarity, polished, policy, dtype
+    )
+    # On other pieces than those of the polish other forces meet.
     kinks, feasibility = _kinks(evaluation), np.fmax(feasibility, evaluation.scaled_feasibility)
+    stationarity = np.fmax(stationarity, evaluation.scaled_stationarity)
+    decides |= evaluation.scaled_stationarity > _UNBALANCED
     gone = vanishing(evaluation, active)
     lost = np.flatnonzero(gone.any(axis=1))
     if lost.size:
@@ -195,11 +197,20 @@ def judge(polished: Polished, policy: Policy, dtype: torch.dtype, minimum: bool 
     return Verified(evaluation, active, singular, condition, tuple(status), tuple(reasons), nearby)
 
 
+def _tolerance(evaluation: Evaluation, policy: Policy, dtype: torch.dtype) -> Array:
+    """Of the active set, (B,): it is judged less finely where the point could not be polished to rounding."""
+    tolerance = np.maximum(policy.activity_tolerance(dtype), 10 * evaluation.scaled)
+    return np.where(np.isfinite(tolerance), tolerance, 0.0)
+
+
 def _established(
-    evaluation: Evaluation, tolerance: Array, polished: Polished, policy: Policy
+    evaluation: Evaluation, complementarity: Array, polished: Polished, policy: Policy, dtype: torch.dtype
 ) -> tuple[Evaluation, ActiveSet, Mask, Array]:
-    """The points with their active set, on its pieces and with its multipliers; singularity and condition there."""
-    active = identify(evaluation, tolerance)
+    """The points with their active set, on its pieces and with its multipliers; singularity and condition there.
+
+    Where other multipliers are chosen, ``complementarity`` becomes that of those.
+    """
+    active = identify(evaluation, _tolerance(evaluation, policy, dtype))
     there = settled(evaluation, active)
     singular, condition = polished.singular.copy(), polished.condition.copy()
     finite = np.isfinite(there.scaled)
@@ -227,7 +238,9 @@ def _established(
             for i in worse:
                 point.put(int(i), there.point, int(i))
             here = Evaluation.at(there.program, there.bound, point)
-        active = identify(here, tolerance)
+        chosen_at = np.setdiff1d(degenerate, worse)
+        complementarity[chosen_at] = here.scaled_complementarity[chosen_at]
+        active = identify(here, _tolerance(here, policy, dtype))
         there = settled(here, active)
     return there, active, singular, condition
 

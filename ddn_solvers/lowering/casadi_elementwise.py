@@ -422,17 +422,42 @@ def div(call: Call, x: Any, y: Any, rounding_mode: str | None = None) -> Any:
     if rounding_mode == "trunc":
         return _truncated(call, x / y)
     call.kink(nearest(x / y))
-    return ca.floor(x / y)
+    return ca.floor((x - _floored(x, y)) / y + 0.5)
 
 
 @lowers("remainder")
 def remainder(call: Call, x: Any, y: Any) -> Any:
-    return broadcast(x, call.shape) - broadcast(y, call.shape) * div(call, x, y, rounding_mode="floor")
+    x, y = call.columns(x, y)
+    call.kink(nearest(x / y))
+    return _floored(x, y)
+
+
+def _floored(x: Any, y: Any) -> Any:
+    """x modulo y with the sign of y, from C's fmod, which is exact: the quotient 1 / 0.1 rounds up to 10."""
+    rest = ca.fmod(x, y)
+    return rest + y * ca.logic_and(rest != 0, (rest < 0) != (y < 0))
 
 
 @lowers("fmod")
 def fmod(call: Call, x: Any, y: Any) -> Any:
-    return broadcast(x, call.shape) - broadcast(y, call.shape) * div(call, x, y, rounding_mode="trunc")
+    x, y = call.columns(x, y)
+    _truncated(call, x / y)  # steps where that does
+    return ca.fmod(x, y)
+
+
+@elementwise("isnan")
+def isnan(x: Any) -> Any:
+    return ca.logic_not(x <= math.inf)
+
+
+@elementwise("isinf")
+def isinf(x: Any) -> Any:
+    return ca.fabs(x) >= math.inf
+
+
+@elementwise("isfinite")
+def isfinite(x: Any) -> Any:
+    return ca.fabs(x) < math.inf
 
 
 # ------------------------------------------------------------- losses, smooth in their first derivative

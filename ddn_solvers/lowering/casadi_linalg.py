@@ -6,6 +6,7 @@ C^T = B^T A^T without transposing anything.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from typing import Any
@@ -25,6 +26,8 @@ from ddn_solvers.lowering.casadi_tensor import (
     matrix,
     row_major,
 )
+
+NOT_DIFFERENTIATED = {"is_diff_in": [False]}  # of a CasADi function
 
 
 def _part(tensor: Any, start: int, shape: tuple[int, ...]) -> Any:
@@ -236,8 +239,28 @@ def logdet(call: Call, a: Any) -> Any:
 
 @lowers("linalg_cholesky", "linalg_cholesky_ex", "cholesky")
 def cholesky(call: Call, a: Any, upper: bool = False, check_errors: bool = False) -> Any:
-    factors = [_cholesky((m + m.T) / 2) for m in matrices(a)]
+    factors = [_cholesky(mirrored(call, m, upper)) for m in matrices(a)]
     return _first_of(call, stacked([factor.T if upper else factor for factor in factors]))
+
+
+def mirrored(call: Call, m: Any, upper: bool) -> Any:
+    """The symmetric matrix that has this one's lower or upper triangle, which is all that torch reads.
+
+    Of variables the derivative is that of the triangle. Of parameters it is shared between both, as torch has it: the
+    same where the matrix is made to be symmetric.
+    """
+    size = m.shape[0]
+    lower = ca.tril(m.T if upper else m)
+    whole = ca.densify(lower + ca.tril(lower, False).T)
+    return whole if call.varies else (m + m.T) / 2 + _unsymmetric(size, upper)(m)
+
+
+@functools.cache
+def _unsymmetric(size: int, upper: bool) -> Any:
+    m = ca.MX.sym("m", size, size)
+    lower = ca.tril(m.T if upper else m)
+    left = ca.densify(lower + ca.tril(lower, False).T - (m + m.T) / 2)
+    return ca.Function("unsymmetric", [m], [left], NOT_DIFFERENTIATED)
 
 
 def _cholesky(rest: Any) -> Any:

@@ -111,9 +111,9 @@ def copy(call: Call, destination: Any, source: Any, non_blocking: bool = False) 
     return gather(column(source), _positions(_as_tensor(source)).expand(call.shape))
 
 
-@lowers(*SHAPE_ONLY, "fill.Scalar", "isfinite", "isinf", "isnan")
+@lowers(*SHAPE_ONLY, "fill.Scalar")
 def constant_like(call: Call, x: Any, *args: Any, **kwargs: Any) -> Any:
-    """What does not depend on the values, as long as they are finite."""
+    """What does not depend on the values."""
     return call.op(torch.zeros(x.shape, dtype=x.dtype), *args, **kwargs)
 
 

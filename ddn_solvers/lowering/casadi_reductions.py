@@ -131,6 +131,13 @@ def std(call: Call, x: Any, dim: Dims = None, correction: float | None = None, k
     return result
 
 
+@lowers("std_mean.correction")
+def std_mean(
+    call: Call, x: Any, dim: Dims = None, correction: float | None = None, keepdim: bool = False
+) -> tuple[Any, Any]:
+    return std(call, x, dim, correction), mean(call, x, dim)
+
+
 # ---------------------------------------------------------------------------- exponentials
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import casadi as ca
 
-from ddn_solvers.lowering.casadi_linalg import matrices, stacked
+from ddn_solvers.lowering.casadi_linalg import NOT_DIFFERENTIATED, matrices, mirrored, stacked
 from ddn_solvers.lowering.casadi_tensor import Call, concatenate, lowers
 
 LARGEST = 12
@@ -32,8 +32,7 @@ NEGLIGIBLE = 1e-13  # singular values smaller than this, relative to the largest
 @lowers("_linalg_eigh")
 def eigh(call: Call, a: Any, uplo: str = "L", compute_v: bool = True) -> tuple[Any, Any]:
     _require_small(call, a)
-    # Torch reads one triangle, and differentiates as if the other were the same; as it has to be.
-    pairs = [_eigen((m + m.T) / 2) for m in matrices(a)]
+    pairs = [_eigen(mirrored(call, m, uplo == "U")) for m in matrices(a)]
     call.kink(concatenate([ca.diff(w) for w, _ in pairs]))
     return concatenate([w for w, _ in pairs]), stacked([x for _, x in pairs])
 
@@ -121,8 +120,6 @@ def _divided(numerator: Any, denominator: Any, otherwise: Any, w: Any) -> Any:
 
 
 # ---------------------------------------------------------------------------- Jacobi's rotations
-
-NOT_DIFFERENTIATED = {"is_diff_in": [False]}
 
 
 @functools.cache
