@@ -284,31 +284,36 @@ class _Implicit(torch.autograd.Function):
         return _mapped(_Implicit, info.batch_size, in_dims, operation, blocks)
 
 
+def directional(operation: Operation, tangents: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Tangents of blocks, (B, size) or shared (size,) -> tangents of the outputs; zero of samples that have none."""
+    samples, good = len(operation.established().status), operation.good
+    rows = max((len(t) for t in tangents if t.dim() == 2), default=samples)
+    # Under vmap there may be several tangents a sample, one after the other for the whole batch.
+    index = np.concatenate([good + start for start in range(0, rows, samples)])
+    linearisation = operation.linearisation(good)
+    if len(index) != len(good):
+        at = np.tile(np.arange(len(good)), rows // samples)
+        linearisation = Linearisation(
+            linearisation.evaluation.take(at),
+            linearisation.active.take(at),
+            linearisation.singular[at],
+            operation.policy,
+        )
+    picked = [t.numpy() if t.dim() == 1 else t.numpy()[index] for t in tangents]
+    changes = []
+    for part in linearisation.jvp(picked):
+        whole = part.new_zeros((rows, *part.shape[1:]))
+        whole[index] = part
+        changes.append(whole)
+    return tuple(changes)
+
+
 class _Directional(torch.autograd.Function):
     """Tangents of blocks, (B, size) or shared (size,) -> tangents of the outputs; not linear, so not differentiable."""
 
     @staticmethod
     def forward(operation: Operation, *tangents: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        samples, good = len(operation.established().status), operation.good
-        rows = max((len(t) for t in tangents if t.dim() == 2), default=samples)
-        # Under vmap there may be several tangents a sample, one after the other for the whole batch.
-        index = np.concatenate([good + start for start in range(0, rows, samples)])
-        linearisation = operation.linearisation(good)
-        if len(index) != len(good):
-            at = np.tile(np.arange(len(good)), rows // samples)
-            linearisation = Linearisation(
-                linearisation.evaluation.take(at),
-                linearisation.active.take(at),
-                linearisation.singular[at],
-                operation.policy,
-            )
-        picked = [t.numpy() if t.dim() == 1 else t.numpy()[index] for t in tangents]
-        changes = []
-        for part in linearisation.jvp(picked):
-            whole = part.new_zeros((rows, *part.shape[1:]))
-            whole[index] = part
-            changes.append(whole)
-        return tuple(changes)
+        return directional(operation, tangents)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:

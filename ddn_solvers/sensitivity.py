@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -22,16 +22,16 @@ from ddn_solvers.assembly import assemble
 from ddn_solvers.binding import Binding, as_tensor, bind, check_finite, flat_batch, flat_point, initial_batch
 from ddn_solvers.certificate import Certificate, certify
 from ddn_solvers.errors import ConvergenceWarning, ProblemError, SensitivityError, warn_caller
-from ddn_solvers.implicit import Operation, apply, check_derivative, to_differentiate
+from ddn_solvers.implicit import Operation, Outputs, apply, check_derivative, directional, vjp
 from ddn_solvers.kkt.conditions import Cotangents
-from ddn_solvers.kkt.derivative import Linearisation
+from ddn_solvers.kkt.derivative import scale_rows
 from ddn_solvers.kkt.multipliers import least_squares_multipliers, with_kink_forces
 from ddn_solvers.kkt.verify import Verified, verify_from
 from ddn_solvers.layout import Layout
 from ddn_solvers.policy import Policy, as_policy
 from ddn_solvers.problem import Problem, as_problem
 from ddn_solvers.program import Program, compile_program
-from ddn_solvers.residuals import Bound, PrimalDual
+from ddn_solvers.residuals import Bound, Evaluation, PrimalDual
 from ddn_solvers.solution import DualSolution, Solution, Stats, Status
 
 # The given point may be this many times ``accuracy`` away from its polish.
@@ -63,16 +63,21 @@ def sensitivity(
             ``policy.on_failure`` says otherwise).
     """
     policy = as_policy(policy)
+    if not isinstance(dual, DualSolution | None):
+        raise ProblemError(
+            "dual is not valid", expected="a DualSolution, as solution.dual is", got=repr(dual)
+        )
     program, binding, point = _given(as_problem(problem), parameters, primal)
     # A batch of its own for every block, so that nothing is summed over samples before it has to be.
-    blocks = tuple(
+    arrays = tuple(
         block.detach().expand(binding.samples, block.shape[-1]).contiguous().numpy()
         for block in binding.blocks
     )
     found = _Found(program, policy, binding.dtype, point, dual)
-    found.examine(blocks)
+    operation, blocks = Operation(program, policy, found.examine), [torch.from_numpy(b) for b in arrays]
+    outputs = operation.run(blocks)
     _report(found, policy)
-    return Sensitivity(program, binding, found, policy, dict(parameters or {}))
+    return Sensitivity(program, binding, found, operation, blocks, outputs, dict(parameters or {}))
 
 
 def attach(
@@ -91,9 +96,15 @@ def attach(
     found = _Found(program, policy, binding.dtype, point, None)
     outputs = apply(Operation(program, policy, found.examine), binding.blocks)
     _report(found, policy)
-    given = torch.from_numpy(point)
-    if outputs.z.shape == given.shape:  # the caller's own point, with the gradient of its polish
-        outputs = outputs._replace(z=outputs.z + (given - outputs.z).detach())
+    if outputs.z.shape == point.shape:  # the caller's own point, with the gradient of its polish
+        here = found.given()
+        at = {"z": point, "objective": here.first.objective}
+        own = {name: torch.from_numpy(values) for name, values in at.items()}
+        moved = {
+            name: getattr(outputs, name) + (v - getattr(outputs, name)).detach() for name, v in own.items()
+        }
+        residuals = torch.from_numpy(np.stack(here.norms, axis=1))
+        outputs = outputs._replace(**moved, residuals=residuals)
     samples = len(found.status)
     stats = Stats(
         ("attach",) * samples,
@@ -116,13 +127,15 @@ class Sensitivity:
     program: Program
     binding: Binding
     found: _Found
-    policy: Policy
+    operation: Operation
+    blocks: Sequence[torch.Tensor]
+    outputs: Outputs
     parameters: Mapping[str, Any]
 
     @cached_property
     def certificate(self) -> Certificate:
         """What can be said of each sample's derivative."""
-        return certify(self.found.verified, self.policy, self.binding.batch, self.found.distance)
+        return certify(self.found.verified, self.operation.policy, self.binding.batch, self.found.distance)
 
     def vjp(self, cotangents: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Cotangents of outputs -> gradients of parameters.
@@ -141,11 +154,12 @@ class Sensitivity:
         """
         _check_by_name("cotangents", cotangents)
         flat = {name: self._flat_cotangent(name, value) for name, value in cotangents.items()}
-        gradients = self._linearisation().vjp(self._cotangents(flat), envelope=set(flat) <= {"objective"})
+        self._check()
+        gradients = self._vjp(flat)
         result = {}
         for name, gradient in zip(self.program.problem.parameters, gradients, strict=False):
             shape, value = self.program.problem.parameters[name], self.parameters[name]
-            values = self.binding.give_back(torch.from_numpy(gradient), *shape)
+            values = self.binding.give_back(gradient, *shape)
             given = value.shape if isinstance(value, torch.Tensor) else shape
             result[name] = values.sum_to_size(given)
         return result
@@ -175,8 +189,9 @@ class Sensitivity:
                 where = f"tangent of {block.name!r}"
                 tensor = as_tensor(where, tangents[block.name]).detach().to("cpu", torch.float64)
                 flat = self._expand(where, tensor, block.shape)
-            directions.append(flat)
-        dz = self._linearisation().jvp(directions)[0]
+            directions.append(torch.from_numpy(flat))
+        self._check()
+        dz = scale_rows(directional(self.operation, directions)[0], self.outputs.gradient_scale)
         return self.program.variables.split(self.binding.give_back(dz, self.program.variables.size))
 
     def jacobian(self, of: str | None = None, wrt: str | None = None) -> torch.Tensor:
@@ -198,29 +213,23 @@ class Sensitivity:
         shape = self._shape_of(of)
         size, samples = math.prod(shape), self.binding.samples
         index = list(self.program.problem.parameters).index(wrt)
-        linearisation = self._linearisation()
+        self._check()
         rows = []
         for i in range(size):
             unit = torch.zeros(samples, size, dtype=torch.float64)
             unit[:, i] = 1.0
-            gradient = torch.from_numpy(linearisation.vjp(self._cotangents({of: unit}))[index])
-            rows.append(gradient.reshape(samples, -1))
+            rows.append(self._vjp({of: unit})[index])
         parameter = self.program.problem.parameters[wrt]
         stacked = torch.stack(rows, dim=1) if rows else torch.zeros(samples, 0, math.prod(parameter))
         return self.binding.give_back(stacked, *shape, *parameter)
 
-    def _linearisation(self) -> Linearisation:
-        check_derivative(self.policy, self._differentiated)
-        return self._factored
+    def _check(self) -> None:
+        check_derivative(self.operation.policy, self.operation.established())
 
-    @cached_property
-    def _differentiated(self) -> Verified:
-        return to_differentiate(self.found.verified, self.policy)
-
-    @cached_property
-    def _factored(self) -> Linearisation:
-        verified = self._differentiated
-        return Linearisation(verified.evaluation, verified.active, verified.singular, self.policy)
+    def _vjp(self, flat: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """(B, size) by key -> gradients by block, (B, size); of failed samples as the policy says."""
+        envelope = set(flat) <= {"objective"}
+        return vjp(self.operation, self.blocks, self.outputs, self._cotangents(flat), envelope)
 
     def _shape_of(self, key: str) -> tuple[int, ...]:
         if key == "objective":
@@ -322,6 +331,11 @@ class _Found:
         self.verified = replace(verified, status=tuple(status), reasons=tuple(reasons))
         self.distance = moved
         return self.verified
+
+    def given(self) -> Evaluation:
+        """At the point itself, with the multipliers of its polish."""
+        there = self.verified.evaluation
+        return Evaluation.at(there.program, there.bound, replace(there.point, z=self.point))
 
     @property
     def status(self) -> tuple[Status, ...]:

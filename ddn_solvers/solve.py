@@ -155,6 +155,8 @@ def conclude(
 
 def as_options(options: Mapping[str, Any] | None) -> Options:
     """What every adapter translates, or never sees, split from the backend's native options."""
+    if not isinstance(options, Mapping | None):
+        raise ProblemError("options are no dict", expected="a dict of options by name", got=repr(options))
     native = dict(options or {})
     limits: dict[str, Any] = {}
     for name, kind in (

@@ -1001,3 +1001,63 @@ def test_the_cost_of_unneeded_gradients_is_not_asked_for():
     (ddn.solve(BALL, {"x": x, "r": r})["u"].sum() + 0 * r).backward()
     assert x.grad is not None
     assert r.grad is None
+
+
+FALLING_SHORT = ddn.Problem(
+    {"u": (2,)},
+    {"x": (2,)},
+    lambda u, x: (u - x).square().sum(),
+    inequality={"i": lambda u: 100 * (u[0] - 1)},
+)
+
+
+@pytest.mark.parametrize(("choice", "failed"), [("nan", float("nan")), ("mask", 0.0)])
+def test_sensitivity_at_a_point_that_is_no_kkt_point_is_what_the_policy_says(choice, failed):
+    x = torch.tensor([[0.5, 2.0], [0.3, 0.4]], dtype=D)
+    primal = torch.tensor([[0.5, 2.0], [0.0, 0.0]], dtype=D)
+    s = ddn.sensitivity(FALLING_SHORT, {"x": x}, primal, policy=ddn.Policy(choice))
+    assert s.certificate.ok.tolist() == [True, False]
+    ones = torch.ones(2, 2, dtype=D)
+    for found in (s.vjp({"u": ones})["x"], s.jvp({"x": ones})["u"]):
+        torch.testing.assert_close(
+            found, torch.tensor([[1.0, 1.0], [failed, failed]], dtype=D), equal_nan=True
+        )
+    jacobian = torch.stack([torch.eye(2, dtype=D), torch.full((2, 2), failed, dtype=D)])
+    torch.testing.assert_close(s.jacobian(), jacobian, equal_nan=True)
+    empty = torch.zeros(0, 2, dtype=D)
+    assert ddn.sensitivity(FALLING_SHORT, {"x": empty}, empty).jacobian().shape == (0, 2, 2)
+
+
+@pytest.mark.filterwarnings("ignore::ddn_solvers.ConvergenceWarning")
+def test_attach_tells_objective_and_residuals_of_the_point_it_returns():
+    x = torch.tensor([3.0, 2.0], dtype=D, requires_grad=True)
+    near = ddn.attach(FALLING_SHORT, {"x": x}, torch.tensor([1 + 5e-6, 2.0], dtype=D))
+    assert near.objective.item() == pytest.approx((2 - 5e-6) ** 2, abs=1e-14)
+    assert near.residuals.feasibility.item() == pytest.approx(5e-4)
+    (slope,) = torch.autograd.grad(near.objective, x)
+    torch.testing.assert_close(slope, torch.tensor([4.0, 0.0], dtype=D))  # at the polish
+    far = ddn.attach(FALLING_SHORT, {"x": x}, torch.tensor([1.5, 0.0], dtype=D), policy=ddn.Policy("warn"))
+    assert far.objective.item() == 6.25
+    assert far.residuals.feasibility.item() == 50.0
+
+
+def test_second_derivatives_of_failed_samples_are_not_numbers_in_any_mode():
+    problem = ddn.Problem(
+        {"u": ()}, {"x": ()}, lambda u, x: (u - x) ** 2, inequality=[lambda u: u - 1, lambda u: 2 - u]
+    )
+    for choice, right in (("nan", float("nan")), ("mask", 0.0)):
+
+        def square(x, choice=choice):
+            return ddn.solve(problem, {"x": x}, policy=ddn.Policy(choice))["u"] ** 2
+
+        at = torch.tensor(1.0, dtype=D)
+        for transform in (torch.func.hessian, lambda f: torch.func.grad(torch.func.grad(f))):
+            assert transform(square)(at).item() == pytest.approx(right, nan_ok=True)
+
+
+def test_options_and_multipliers_that_are_no_such_thing_say_so():
+    x = torch.ones(2, dtype=D)
+    with pytest.raises(ddn.ProblemError, match="options are no dict"):
+        ddn.solve(FALLING_SHORT, {"x": x}, options=3)
+    with pytest.raises(ddn.ProblemError, match="dual is not valid"):
+        ddn.sensitivity(FALLING_SHORT, {"x": x}, x, dual={"u": 3})

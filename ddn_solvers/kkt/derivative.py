@@ -330,8 +330,9 @@ def _directional(function: Callable[..., Any], p: Sequence[torch.Tensor], dp: Se
 
 
 def scale_rows(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """The rows of ``values`` (B, ...) where ``scale`` (B,) is 1, else ``scale`` itself."""
-    return torch.where(_rows(scale, values) == 1, values, _rows(scale, values))
+    """The rows of ``values`` (B, ...) where ``scale`` (B,) is 1, else ``scale``, zero or NaN, as its derivatives are."""
+    rows = _rows(scale, values)
+    return torch.where(rows == 1, values, rows * values.nan_to_num())
 
 
 def _rows(scale: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
