@@ -26,7 +26,7 @@ import numpy as np
 
 from ddn_solvers.arrays import Array, Index, Mask, unit_without_symmetry
 from ddn_solvers.evaluators import Coefficients, Evaluators, FirstOrder
-from ddn_solvers.lowering.pattern import Matrices
+from ddn_solvers.lowering.pattern import Matrices, Pattern
 from ddn_solvers.program import Program
 from ddn_solvers.units import FLAT, units_of
 
@@ -41,6 +41,7 @@ _ROUNDING = 1e-13  # relative force that counts as none
 BEYOND: Final = (
     1e2  # force of a multiplier, relative to those of the objective, from which on its row may be vanishing
 )
+_CLOSE = 1e-2  # to a bound, relative to max(1, |z|): how far in it is looked whether curvature lasts
 _NEAR_ZERO = 1e-3  # of the length of a vector relative to what it can become
 _VANISHING = 1e-2  # of the change of a row's gradient over a hundredth of the point's size
 
@@ -129,7 +130,9 @@ class Evaluation:
     def with_bounds_pushing(self, lower: Array, upper: Array) -> Evaluation:
         """The same points with other multipliers of the bounds, which no derivative depends on."""
         there = self.at_known(replace(self.point, lower=lower, upper=upper), self.first)
-        there.__dict__.update({name: getattr(self, name) for name in ("J", "_second")})
+        there.__dict__.update(
+            {name: getattr(self, name) for name in ("J", "_second", "_curvature_farther_in")}
+        )
         return there
 
     def tame(self) -> Evaluation:
@@ -175,7 +178,8 @@ class Evaluation:
         """
         matrices = self._second
         rows = matrices.absolute.times(self.own_size) * self.own_size
-        curved = rows > FLAT * _largest(rows)[:, None]
+        lasting = self._lasting.absolute.times(self.own_size) * self.own_size
+        curved = rows > FLAT * _largest(lasting)[:, None]
         return matrices if curved.all() else matrices.scaled(curved.astype(float), curved.astype(float))
 
     @cached_property
@@ -185,7 +189,7 @@ class Evaluation:
         Close to where a row's gradient vanishes, as those of complementarity do, multipliers grow without limit and the
         curvature that they make with them: beside that any force would look small.
         """
-        H, y = self.H.absolute, self.point.y
+        H, y = self._lasting.absolute, self.point.y
         if self.program.affine_constraints and self.program.pieces is None:
             return H
         beyond = _largest(y * self.reach) > BEYOND * self._strength[:, 0]
@@ -196,13 +200,66 @@ class Evaluation:
 
     @cached_property
     def _second(self) -> Matrices:
-        known = self.bound.coefficients
-        nonzeros = (
-            self.functions.hessian(self.point.z, self.inputs, self.point.y)
-            if known is None
-            else known.hessian
-        )
-        return Matrices(self.functions.hessian_pattern, nonzeros)
+        known, pattern = self.bound.coefficients, self.functions.hessian_pattern
+        if known is not None:
+            return Matrices(pattern, known.hessian)
+        nonzeros = self.functions.hessian(self.point.z, self.inputs, self.point.y)
+        if not np.isfinite(nonzeros).all():
+            # As that of u^1.5 at the bound u = 0, which fixes u: what curves there moves nothing.
+            z, bound = self.point.z, self.bound
+            held = _of_variables((z == bound.lower) | (z == bound.upper), pattern)
+            nonzeros = np.where(held & ~np.isfinite(nonzeros), 0.0, nonzeros)
+        return Matrices(pattern, nonzeros)
+
+    @cached_property
+    def _local(self) -> Mask:
+        """Variables close to a bound, as that of u log u at zero, whose curvature is much less a little farther in, (B, n)."""
+        return self._curvature_farther_in[0]
+
+    @cached_property
+    def repelled(self) -> Mask:
+        """Those of them that cannot reach it, since no slope is finite there: u log u has none at zero, u^1.5 has, (B, n)."""
+        local, z, bound = self._local, self.point.z, self.bound
+        if not local.any():
+            return local
+        nearest = np.where(z - bound.lower <= bound.upper - z, bound.lower, bound.upper)
+        there = replace(self.point, z=np.where(local, nearest, z))
+        found: Mask = local & ~np.isfinite(Evaluation.at(self.program, bound, there).first.gradient)
+        return found
+
+    @cached_property
+    def narrowing(self) -> Array:
+        """Factors of the variables' sizes that make curvature at a bound what it is a little farther in, (B, n)."""
+        here, farther = (np.abs(H.diagonal()) for H in (self._second, self._lasting))
+        narrow = self._local & (here > 0)
+        return np.where(narrow, np.sqrt(farther / np.where(narrow, here, 1.0)), 1.0)
+
+    @cached_property
+    def _lasting(self) -> Matrices:
+        """H with that much less in its place, by which forces and units are measured: at the bound it has no limit."""
+        return self._curvature_farther_in[1]
+
+    @cached_property
+    def _curvature_farther_in(self) -> tuple[Mask, Matrices]:
+        H, z = self._second, self.point.z
+        none = np.zeros(z.shape, dtype=bool)
+        if self.bound.coefficients is not None or self.program.quadratic:
+            return none, H
+        own, slack = np.maximum(1.0, np.abs(z)), (z - self.bound.lower, self.bound.upper - z)
+        steep = np.abs(H.diagonal()) > BEYOND * _largest(self.first.gradient)[:, None]
+        steep |= (slack[0] == 0) | (slack[1] == 0)
+        near = (np.minimum(*slack) <= _CLOSE * own) & steep
+        if not near.any():
+            return none, H
+        inward = np.where(slack[0] <= slack[1], 1.0, -1.0) * np.minimum(_CLOSE * own, np.add(*slack) / 2)
+        there = np.where(near, z + np.where(near, inward, 0.0), z)
+        farther = H.map(lambda _: self.functions.hessian(there, self.inputs, self.point.y))
+        local = near & (np.abs(H.diagonal()) > BEYOND * np.abs(farther.diagonal()))
+        local |= near & (H.diagonal() == 0)  # as of u^1.5 where it is held at zero
+        if not local.any():
+            return none, H
+        of_local = _of_variables(local, H.pattern)
+        return local, H.map(lambda here: np.where(of_local, farther.nonzeros, here))
 
     @property
     def jacobian(self) -> Array:
@@ -418,7 +475,7 @@ class Evaluation:
 
     @cached_property
     def _units_of_variables(self) -> Array | None:
-        return units_of(self._second, self.J)
+        return units_of(self._lasting, self.J)
 
     @cached_property
     def reference(self) -> Array:
@@ -498,7 +555,19 @@ class Evaluation:
 
     @cached_property
     def scaled_slack(self) -> Array:
-        return self.slack / np.maximum(self._units, _TINY)
+        """Slack over what it changes by where the variables change by their sizes.
+
+        Of a bound at which curvature has no limit, as that of u^1.5, it is also a force: that by which the slope changes
+        on the way to the bound; without limit where the slope has none.
+        """
+        found: Array = self.slack / np.maximum(self._units, _TINY)
+        if self._local.any():
+            n = self.point.z.shape[1]
+            steep = np.where(self._local, np.abs(self._second.diagonal()), 0.0) * self.size / self.force
+            forces = np.where(np.isfinite(self.slack[:, -2 * n :]), self.slack[:, -2 * n :], 0.0)
+            forces = np.where(np.tile(self.repelled, 2), 1.0, forces * np.tile(steep, 2))
+            found[:, -2 * n :] = np.maximum(found[:, -2 * n :], forces)
+        return found
 
     @cached_property
     def scaled_multiplier(self) -> Array:
@@ -548,6 +617,12 @@ class Evaluation:
         return np.maximum.reduce(
             [self.scaled_stationarity, self.scaled_feasibility, self.scaled_complementarity]
         )
+
+
+def _of_variables(chosen: Mask, pattern: Pattern) -> Mask:
+    """Nonzeros of a matrix in the row or column of a chosen variable, (B, n) -> (B, nnz)."""
+    found: Mask = chosen[:, pattern.indices] | chosen[:, pattern.columns]
+    return found
 
 
 def _inputs(bound: Bound, point: PrimalDual) -> tuple[Array, ...]:

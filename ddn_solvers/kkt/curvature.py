@@ -192,8 +192,8 @@ def _surely_minimal(evaluation: Evaluation, active: ActiveSet) -> bool:
 
 
 def _size(evaluation: Evaluation) -> Array:
-    """Sizes of the variables, the largest one: ones unless their units differ by far, (B, n)."""
-    size: Array = evaluation.size / evaluation.size.max(axis=1, keepdims=True)
+    """Sizes of the variables, the largest one: ones unless their units differ by far, or curvature at a bound, (B, n)."""
+    size: Array = evaluation.size * evaluation.narrowing / evaluation.size.max(axis=1, keepdims=True)
     return size
 
 

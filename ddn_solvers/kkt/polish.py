@@ -32,6 +32,10 @@ _SIGN = 1e-11  # scaled slack or multiplier that counts as negative
 # How many sides may join or leave the active set in each step of a tentative sample: a share of those of the step before,
 # or so few. Measured on bounded regulators and smoothed signals: what settles more slowly takes longer than a solver.
 _SETTLING, _FEW = 0.5, 8
+_LONG, _GROWTH = (
+    0.5,
+    20.0,
+)  # step relative to the slack of a bound that repels, and the largest change of its logarithm
 
 
 @dataclass(frozen=True)
@@ -77,11 +81,13 @@ class Polished:
 
 def kkt_system(evaluation: Evaluation, active: ActiveSet, **options: Any) -> System:
     """The KKT system at a batch of points, for the active set ``active``."""
+    narrowing = torch.from_numpy(evaluation.narrowing) if evaluation.repelled.any() else None
     return System(
         evaluation.H,
         evaluation.J,
         torch.from_numpy(active.constraints),
         torch.from_numpy(active.fixed),
+        narrowing=narrowing,
         **options,
     )
 
@@ -282,12 +288,28 @@ def _newton_step(here: Evaluation, active: ActiveSet, system: System) -> _Step:
         torch.from_numpy(np.where(active.fixed, target - here.point.z, 0.0)),
     )
     x, t = step.x.numpy(), step.t.numpy()
-    z = np.where(active.fixed, target, here.point.z + x)
+    z = np.where(active.fixed, target, _off_bounds(here, here.point.z + x))
     size, unit = np.abs(x / here.size).max(axis=1, initial=0.0), here.reach / here.force
     change, force = (np.abs(v * unit).max(axis=1, initial=0.0) for v in (t, y))
     rounding = (size <= _ROUNDING) & (change <= _ROUNDING * np.maximum(force, 1.0))
     rounding &= (~active.fixed | (here.point.z == target)).all(axis=1)  # at a bound is where it says
     return _Step(z, y + t, size, rounding & ~system.singular.numpy())
+
+
+def _off_bounds(here: Evaluation, z: Array) -> Array:
+    """Where a step leads; of variables that a bound repels a long one is taken in the logarithm of their slack.
+
+    That of u log u is solved by it at once, from whichever side, and no slack vanishes.
+    """
+    if not here.repelled.any():
+        return z
+    before, bound = here.point.z, here.bound
+    at_lower = before - bound.lower <= bound.upper - before
+    slack = np.where(at_lower, before - bound.lower, bound.upper - before)
+    growth = np.where(at_lower, z - before, before - z) / np.where(slack > 0, slack, 1.0)
+    grown = slack * np.exp(np.clip(growth, -_GROWTH, _GROWTH))
+    long = here.repelled & (slack > 0) & (np.abs(growth) > _LONG)
+    return np.where(long, np.where(at_lower, bound.lower + grown, bound.upper - grown), z)
 
 
 def _taken(here: Evaluation, active: ActiveSet, step: _Step) -> Evaluation:

@@ -75,6 +75,7 @@ class System:
         linear_solver: As in ``Policy``.
         corner: Diagonal in place of the zero block, (B, m), <= 0; none is zero.
         proximal: Added to the diagonal of H of singular samples instead of taking the pseudo-inverse.
+        narrowing: Factors of the variables' units where those of their curvature are known, (B, n).
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class System:
         linear_solver: Any = "auto",
         proximal: float | None = None,
         corner: torch.Tensor | None = None,
+        narrowing: torch.Tensor | None = None,
     ) -> None:
         self._choice, self._corner = linear_solver, corner
         self._solver = _solver(linear_solver, transformed, hessian, jacobian)
@@ -99,7 +101,7 @@ class System:
         packable = isinstance(self._solver, (DenseLU, Schur)) and len(fixed) > 0
         self._packing = _packed(fixed, active) if packable else None
         K: Any = self._bordered().formed() if self._solver.formed else self._bordered()
-        units = torch.where(self._kept, _units(self.hessian, self.jacobian), 1.0)
+        units = torch.where(self._kept, _units(self.hessian, self.jacobian, narrowing), 1.0)
         scale, norm = equilibrate(K, self._pack(units))
         self._scale = self._unpack(scale, 1.0)
         K = K.scaled(scale)
@@ -296,10 +298,15 @@ def _solver(choice: Any, transformed: bool, hessian: Any, jacobian: Any) -> Line
     return {"sparse": SparseLU, "iterative": Iterative}.get(choice, DenseLU)()
 
 
-def _units(hessian: Operator, jacobian: Operator) -> torch.Tensor:
-    """One unit for all variables such that H has norm one, and one a row such that it has, (B, n + m)."""
+def _units(hessian: Operator, jacobian: Operator, narrowing: torch.Tensor | None) -> torch.Tensor:
+    """One unit for all variables, but for a factor, such that H has norm one, and one a row such that it has, (B, n + m)."""
+    if narrowing is not None:
+        hessian = hessian.scaled(narrowing, narrowing)
+        everywhere = narrowing.new_ones((len(narrowing), jacobian.shape[0]))
+        jacobian = jacobian.scaled(everywhere, narrowing)
     curvature = hessian.largest().unsqueeze(-1)
     unit = torch.where(curvature > 0, curvature, 1.0).rsqrt()  # (B, 1)
     rows = jacobian.row_norms()
     border = torch.where(rows > 0, rows * unit, 1.0).reciprocal()
-    return torch.cat([unit.expand((*unit.shape[:-1], hessian.shape[-1])), border], dim=-1)
+    units = unit.expand((*unit.shape[:-1], hessian.shape[-1]))
+    return torch.cat([units if narrowing is None else units * narrowing, border], dim=-1)
