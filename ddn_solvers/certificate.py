@@ -19,6 +19,9 @@ from ddn_solvers.policy import Policy
 from ddn_solvers.program import Program
 from ddn_solvers.residuals import Evaluation
 
+_INEXACT = (
+    1e-6  # relative residual of the adjoint system from which on its solution is not what was asked for
+)
 _SHOWN = 5  # names of active constraints listed in a report
 
 
@@ -195,7 +198,7 @@ def certify(
             linear_solver=policy.linear_solver,
         )
         bent = curvature(here, active)
-    one_sided = active.weak.any(axis=1)
+    one_sided, error = active.weak.any(axis=1), system.error().numpy()
     singular = system.singular.numpy() | verified.singular
     n, m = active.n, active.equalities
     weak = np.concatenate([np.zeros_like(active.constraints[:, :m]), active.weak[:, : -2 * n]], axis=1)
@@ -212,7 +215,7 @@ def certify(
         return torch.as_tensor(np.asarray(values)).reshape(batch)
 
     return Certificate(
-        ok=shaped(verified.optimal & ~one_sided & ~singular),
+        ok=shaped(verified.optimal & ~one_sided & ~singular & (error <= _INEXACT)),
         licq=shaped(bent.rank == bent.rows),
         rank_deficiency=shaped(bent.rows - bent.rank),
         sosc=shaped(bent.positive),
@@ -221,7 +224,7 @@ def certify(
         one_sided=shaped(one_sided),
         margin=shaped(active.margin),
         condition=shaped(system.condition.numpy()),
-        adjoint_residual=shaped(system.error().numpy()),
+        adjoint_residual=shaped(error),
         **{
             name: shaped(values)
             for name, values in zip(

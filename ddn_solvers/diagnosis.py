@@ -23,6 +23,8 @@ _DROPPED = 1e-8
 _BLAMELESS = 1e-6  # multiplier, of those that sum to one, that is rounding
 _FAR = 2.0  # from a point of smallest violation, relative to its size, to where the search for another begins
 _NEARBY = 1e-2  # relative to the size of each variable
+_FALLING = 1e-6  # slope of a ray, relative to the steepest of a variable
+_LARGE = 1_000_000  # nonzeros of matrices that are not looked through for one
 _FALL = 1e3  # the objective has to fall by this much, relative to its scale, to count as unbounded
 
 
@@ -41,7 +43,7 @@ def diagnose(program: Program, bound: Bound, z: Array, accuracy: float) -> tuple
             return _unbounded(program, bound, z, evaluation)
         closest, blamed = _least_violation(program, bound, z)
         if _feasible(program, bound, closest, accuracy):
-            return None
+            return _ray(program, bound) if program.quadratic else None
         if not program.affine_constraints:  # it may be the least of those nearby alone, or the largest
             far = closest + _FAR * max(1.0, np.abs(closest).max()) * without_symmetry(len(closest))
             if _feasible(program, bound, nearest_feasible(program, bound, far), accuracy):
@@ -138,6 +140,8 @@ def nearest_feasible(program: Program, bound: Bound, z: Array) -> Array:
             start[free],
             jacobian,
             (lower[free], upper[free]),
+            # Where there are fewer rows than variables, "trf" goes as far as it may in any case, here to the zero of a sphere.
+            method="trf" if program.constraints >= free.sum() else "dogbox",
             xtol=1e-15,
             ftol=1e-15,
             gtol=1e-15,
@@ -169,7 +173,55 @@ def _infeasible(program: Program, bound: Bound, closest: Array, blamed: Mask) ->
     return Status.INFEASIBLE, f"the smallest violation is {largest:.2g}, of {names}"
 
 
+def _ray(program: Program, bound: Bound) -> tuple[Status, str] | None:
+    """Of an LP or QP, a way that stays feasible, does not curve, and along which the objective falls.
+
+    min q^T d   subject to   A d = 0,  G d <= 0,  P d = 0,  -1 <= d <= 1, and 0 towards a bound
+    """
+    import scipy.sparse as sp
+    from scipy.optimize import linprog
+
+    here, m = _evaluate(program, bound, np.zeros(program.variables.size)), program.equality.size
+    J, H = (M.pattern.matrix(M.nonzeros[0]).tocsr() for M in (here.J, here.H))
+    slope = here.first.gradient[0] / max(np.abs(here.first.gradient[0]).max(initial=0.0), 1e-300)
+    J = J[: program.constraints]
+    if not all(np.isfinite(values).all() for values in (J.data, H.data, slope)) or J.nnz + H.nnz > _LARGE:
+        return None
+    straight = sp.vstack([J[:m], H]).tocsr()
+    norms = np.sqrt(straight.power(2).sum(axis=1))
+    straight = (sp.diags_array(1 / np.where(norms > 0, norms, 1.0)) @ straight).tocsr()
+    low, high = (
+        np.where(np.isfinite(bound.lower[0]), 0.0, -1.0),
+        np.where(np.isfinite(bound.upper[0]), 0.0, 1.0),
+    )
+    found = linprog(
+        slope,
+        A_ub=J[m:],
+        b_ub=np.zeros(program.constraints - m),
+        A_eq=straight,
+        b_eq=np.zeros(straight.shape[0]),
+        bounds=np.stack([low, high], axis=1),
+        method="highs",
+    )
+    if found.status != 0 or found.fun > -_FALLING:
+        return None
+    return Status.UNBOUNDED, _falls_along(program, found.x)
+
+
+def _falls_along(program: Program, direction: Array) -> str:
+    names = ", ".join(
+        f"{program.variables.element(int(i))} {'up' if direction[i] > 0 else 'down'}"
+        for i in np.argsort(-np.abs(direction))[:_NAMED]
+        if direction[i] != 0
+    )
+    return f"the objective falls without end along {names}"
+
+
 def _unbounded(program: Program, bound: Bound, z: Array, evaluation: Evaluation) -> tuple[Status, str] | None:
+    if program.quadratic:
+        found = _ray(program, bound)
+        if found is not None:
+            return found
     objective = float(evaluation.first.objective[0])
     scale = max(1.0, abs(objective))
     for direction in (z, -evaluation.first.gradient[0]):
@@ -185,10 +237,5 @@ def _unbounded(program: Program, bound: Bound, z: Array, evaluation: Evaluation)
             values.append(float(there.first.objective[0]))
         falls = all(b < a for a, b in zip([objective, *values], values, strict=False))
         if good and falls and (values[-1] == -np.inf or objective - values[-1] > _FALL * scale):
-            names = ", ".join(
-                f"{program.variables.element(int(i))} {'up' if step[i] > 0 else 'down'}"
-                for i in np.argsort(-np.abs(step))[:_NAMED]
-                if step[i] != 0
-            )
-            return Status.UNBOUNDED, f"the objective falls without end along {names}"
+            return Status.UNBOUNDED, _falls_along(program, step)
     return None

@@ -355,6 +355,15 @@ class Evaluation:
         return np.maximum(_largest(self.first.gradient * self.size), kinks)[:, None]
 
     @cached_property
+    def unloaded(self) -> Mask:
+        """Samples with a constant objective: it exerts no force, and multipliers are rounding, as is what they bend, (B,)."""
+        flat: Mask = (self.first.gradient == 0).all(axis=1)
+        if flat.any():
+            alone = self.functions.hessian(self.point.z, self.inputs, np.zeros_like(self.point.y))
+            flat = flat & (alone == 0).all(axis=1) & (self.kink_weights == 0).all(axis=1)
+        return flat
+
+    @cached_property
     def _kink_slack(self) -> Array:
         r, sigma = self.kink_residuals, self.point.pieces
         if self.program.pieces is None:

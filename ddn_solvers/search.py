@@ -368,12 +368,24 @@ class Search:
         failed = np.flatnonzero([status in _UNEXPLAINED for status in self.status])
         if not failed.size:
             return
-        at = self._measured(bound.take(failed), given[failed]).first
-        for i, f, slope, c in zip(failed, at.objective, at.gradient, at.constraints, strict=True):
-            if not (np.isfinite(f) and np.isfinite(slope).all() and np.isfinite(c).all()):
-                which = "initial" if self.initial is not None else "zero, where the search begins"
+        at, which = (
+            self._measured(bound.take(failed), given[failed]),
+            "initial" if self.initial is not None else "zero, where the search begins",
+        )
+        finite = np.isfinite(at.first.objective) & np.isfinite(at.first.gradient).all(axis=1)
+        finite &= np.isfinite(at.first.constraints).all(axis=1)
+        rows, equalities = slice(0, self.program.constraints), self.program.equality.size
+        open_ = np.where(np.arange(self.program.constraints) < equalities, -np.inf, self.policy.accuracy)
+        missed = np.abs(at.first.constraints[:, rows]) > self.policy.accuracy
+        missed &= at.first.constraints[:, rows] > open_
+        lost = (missed & (at.row_norms[:, rows] == 0)).any(axis=1)
+        for k, i in enumerate(failed):
+            hint = ""
+            if not finite[k]:
                 hint = f"the functions are not finite at {which}: give an initial point where they are"
-                self.reasons[i] = "; ".join(text for text in (hint, self.reasons[i]) if text)
+            elif lost[k]:
+                hint = f"a constraint that does not hold has no gradient at {which}: give an initial point where it has"
+            self.reasons[i] = "; ".join(text for text in (hint, self.reasons[i]) if text)
 
     def _whole(self, bound: Bound, best: PrimalDual) -> Verified:
         """One ``Verified`` for the batch: that of a single route as it is, pieces put together again."""

@@ -151,3 +151,112 @@ def test_a_nonlinear_contradiction_is_infeasible() -> None:
     problem = ddn.Problem({"u": ()}, {"p": ()}, lambda u: u**2, {"c": lambda u, p: u**2 + 1 + p})
     with pytest.raises(ddn.SolveError, match="the smallest violation is 1, of c"):
         ddn.solve(problem, {"p": torch.zeros((), dtype=torch.float64)})
+
+
+@pytest.mark.parametrize("solver", ["casadi:ipopt", "casadi:sqpmethod", "scipy:SLSQP", "scipy:trust-constr"])
+def test_a_sphere_is_not_called_infeasible_from_its_centre(solver: str) -> None:
+    """SciPy's "trf" goes as far as it may where rows are few, here from anywhere to the centre."""
+    root = torch.randn(5, 5, generator=torch.Generator().manual_seed(3), dtype=D)
+    problem = ddn.Problem(
+        {"u": (5,)}, {"A": (5, 5)}, lambda u, A: -u @ A @ u, equality={"sphere": lambda u: u @ u - 1}
+    )
+    with pytest.raises(ddn.SolveError, match="no gradient at zero, where the search begins") as caught:
+        ddn.solve(problem, {"A": root @ root.mT}, solver=solver)
+    assert caught.value.solution.status[0] is not ddn.Status.INFEASIBLE
+
+
+def _without_end(seed: int, n: int = 30, m: int = 12) -> dict[str, torch.Tensor]:
+    """A feasible region with the ray d, along which q falls and P is flat."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=D)
+
+    d, root = randn(n), randn(n // 2, n)
+    d = torch.where(torch.arange(n) < n // 3, d.abs(), d)  # of the variables with a lower bound
+    root, A, G = (M - torch.outer(M @ d, d) / (d @ d) for M in (root, randn(m // 2, n), randn(m, n)))
+    q = randn(n)
+    q = q - (q @ d + 1) / (d @ d) * d
+    inside = randn(n).abs()
+    return {
+        "P": root.mT @ root,
+        "q": q,
+        "A": A,
+        "b": A @ inside,
+        "G": G - torch.outer(torch.rand(m, generator=generator, dtype=D), d) / (d @ d),
+        "h": G @ inside + 1,
+    }
+
+
+@pytest.mark.parametrize("quadratic", [False, True])
+@pytest.mark.parametrize("solver", ["auto", "clarabel", "casadi:ipopt"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_ray_proves_an_lp_or_qp_unbounded(seed: int, solver: str, quadratic: bool) -> None:
+    """It was told only where the last point or the gradient happened to be one; all others were tried, for minutes."""
+    data = _without_end(seed)
+    P = data["P"] if quadratic else 0 * data["P"]
+    bounded = torch.arange(30) < 10
+    problem = ddn.Problem(
+        {"u": (30,)},
+        {"q": (30,)},
+        (lambda u, q: 0.5 * u @ P @ u + q @ u) if quadratic else (lambda u, q: q @ u),
+        equality=lambda u: data["A"] @ u - data["b"],
+        inequality=lambda u: data["G"] @ u - data["h"],
+        bounds={"u": (torch.where(bounded, 0.0, -torch.inf).to(D), None)},
+    )
+    with pytest.raises(ddn.SolveError) as caught:
+        ddn.solve(problem, {"q": data["q"]}, solver=solver)
+    assert caught.value.solution.status == (ddn.Status.UNBOUNDED,)
+
+
+@pytest.mark.parametrize("solver", ["auto", "scipy:SLSQP"])
+def test_many_more_equations_than_variables(solver: str) -> None:
+    """SciPy's SLSQP writes beyond its arrays there, and the process died."""
+    t = torch.linspace(0.5, 6, 54, dtype=D)
+    problem = ddn.Problem(
+        {"x": (3,)},
+        {"y": (54,)},
+        lambda x: x.square().sum(),
+        equality={"e": lambda x, y: torch.exp(-x[0] * t) / (x[1] + x[2] * t) - y},
+    )
+    at, start = (torch.tensor(v, dtype=D) for v in ([0.2, 0.5, 0.3], [0.1, 0.4, 0.4]))
+    y = torch.exp(-at[0] * t) / (at[1] + at[2] * t)
+    torch.testing.assert_close(ddn.solve(problem, {"y": y}, initial=start, solver=solver)["x"], at)
+    with pytest.raises(ddn.SolveError, match="the smallest violation"):
+        ddn.solve(problem, {"y": y + torch.sin(40 * t)}, initial=start, solver=solver)
+
+
+@pytest.mark.parametrize("solver", ["auto", "casadi:ipopt", "scipy:SLSQP"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_cost_that_is_a_parameter_and_zero(seed: int, solver: str) -> None:
+    """Multipliers were rounding then, and so was the curvature they make: saddles, and gradients of 1e12."""
+    problem = ddn.Problem(
+        {"x": (5,)},
+        {"c": (5,)},
+        lambda x, c: c @ x,
+        equality={"e": lambda x: torch.stack([x.square().sum() - 2, x[:3].prod() - 0.1])},
+    )
+    start = torch.randn(5, generator=torch.Generator().manual_seed(seed), dtype=D)
+    ddn.solve(problem, {"c": torch.zeros(5, dtype=D)}, initial=start, solver=solver)
+
+    generator = torch.Generator().manual_seed(seed)
+    M = 3 * torch.eye(10, dtype=D) + torch.randn(10, 10, generator=generator, dtype=D)
+    t = torch.rand(10, generator=generator, dtype=D)
+
+    def F(x: torch.Tensor) -> torch.Tensor:
+        return M @ x + x**2 + x * x.roll(1)
+
+    determined = ddn.Problem(
+        {"x": (10,)},
+        {"c": (10,), "r": (10,)},
+        lambda x, c: c @ x,
+        equality={"e": lambda x, r: F(x) - F(t) - r},
+        bounds={"x": (0.0, None)},
+    )
+    c, r = (torch.zeros(10, dtype=D, requires_grad=True) for _ in range(2))
+    s = ddn.solve(determined, {"c": c, "r": r}, initial=t + 0.1, solver=solver)
+    by_c, by_r = torch.autograd.grad(s["x"].sum(), (c, r))
+    assert s.certificate.ok
+    assert by_c.abs().max() < 1e-12
+    slope = torch.func.jacrev(F)(s["x"].detach())
+    torch.testing.assert_close(by_r, torch.linalg.solve(slope.mT, torch.ones(10, dtype=D)))

@@ -66,6 +66,8 @@ _DIALECTS = {
         "simplex_iteration_limit ipm_iteration_limit qp_iteration_limit",
         "primal_feasibility_tolerance dual_feasibility_tolerance",
         "time_limit",
+        # Its active-set method for QPs may go round in circles.
+        defaults={"qp_iteration_limit": 100_000},
     ),
     "PIQP": _dialect("max_iter", "eps_abs eps_rel", None),
     "PROXQP": _dialect("max_iter", "eps_abs eps_rel", None),

@@ -35,6 +35,7 @@ _SMOOTH = frozenset({Feature.NONCONVEX, Feature.CALLBACKS, Feature.NONSMOOTH})
 _CONSTRAINED = frozenset({Feature.BOUNDS, Feature.EQUALITY, Feature.INEQUALITY})
 _VIOLATION = 1e-4  # trust-constr stops with status 2 at an infeasible stationary point, too
 _STUCK = 1e-6  # violation at which trust-constr starts again in a larger region
+_TOO_MANY = -1  # no status of SciPy's
 _NO_DESCENT = 8  # how SLSQP ends when rounding is larger than ftol; a looser one tells whether it has arrived
 _CONFIRM = 1e-7
 _SPARSE_FROM = 200  # variables; below, trust-constr factorises dense Jacobians, rank-deficient ones too
@@ -131,9 +132,13 @@ class _Objective:
 
 
 def _slsqp(instance: Instance, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    from scipy.optimize import Bounds, minimize
+    from scipy.optimize import Bounds, OptimizeResult, minimize
 
-    m, objective = instance.program.equality.size, _Objective(instance)
+    m = instance.program.equality.size
+    if m > len(instance.initial):  # SciPy 1.17 writes beyond its arrays, and the process dies
+        message = "SLSQP takes no more equations than variables"
+        return OptimizeResult(x=None, status=_TOO_MANY, nit=0, message=message), {}
+    objective = _Objective(instance)
     bounds = Bounds(instance.lower, instance.upper)
     constraints = [
         {"type": "eq", "fun": instance.equality, "jac": lambda z: instance.jacobian(z).toarray()[:m]},

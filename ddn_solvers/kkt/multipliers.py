@@ -238,6 +238,8 @@ class _Choice:
         """Multipliers that maximise ``gain`` (d,) along ``free``; ``None`` if there is no limit."""
         from scipy.optimize import linprog  # a quarter of a second to import, needed here only
 
+        if not len(gain):
+            return self.known
         rows, room, _ = self._room()
         found = linprog(-gain, rows, np.maximum(room, 0), bounds=(None, None))
         return self.known + self.free @ found.x if found.status == 0 else None

@@ -102,7 +102,7 @@ def polish(
         tentative: The points are guesses: give up those whose KKT matrix is singular, or whose active set does
             not settle soon.
     """
-    best = _without_slack_forces(without_cancellation(Evaluation.at(program, bound, start)))
+    best = _without_slack_forces(_unforced(without_cancellation(Evaluation.at(program, bound, start))))
     working = identify(best, 0.0)
     newton = _Newton(_where_finite(best, settled(best, working)), working, policy, tentative)
     for _ in range(_MAX_STEPS):
@@ -110,6 +110,15 @@ def polish(
             break
         newton.advance()
     return newton.polished
+
+
+def _unforced(evaluation: Evaluation) -> Evaluation:
+    """The points; without any multipliers where the objective is constant."""
+    point, loaded = evaluation.point, ~evaluation.unloaded[:, None]
+    if loaded.all():
+        return evaluation
+    sides = {name: np.where(loaded, getattr(point, name), 0.0) for name in ("y", "lower", "upper")}
+    return evaluation.at_known(replace(point, **sides), evaluation.first)
 
 
 def _without_slack_forces(evaluation: Evaluation) -> Evaluation:
@@ -314,7 +323,8 @@ def _off_bounds(here: Evaluation, z: Array) -> Array:
 
 def _taken(here: Evaluation, active: ActiveSet, step: _Step) -> Evaluation:
     """The points after a step."""
-    moved = _off_zeros(here.moved(replace(here.point, z=step.z, y=step.y)), active)
+    y = np.where(here.unloaded[:, None], 0.0, step.y)
+    moved = _off_zeros(here.moved(replace(here.point, z=step.z, y=y)), active)
     return moved.with_bounds_pushing(*bound_multipliers(moved, active))
 
 
