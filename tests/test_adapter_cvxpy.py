@@ -465,3 +465,40 @@ def test_convexity_for_explain(problem: Problem, convex: bool, reason: str) -> N
     found = convexity(program)
     assert found.convex is convex
     assert re.search(reason, found.reason), found.reason
+
+
+SPELLINGS = {  # convex quadratics beside a kink, as people write them
+    "(u-b)@S@(u-b)": lambda u, S, b, w: (u - b) @ S @ (u - b),
+    "(u-b)@(u-b)": lambda u, S, b, w: (u - b) @ (u - b),
+    ".5*u@u": lambda u, S, b, w: 0.5 * u @ u - b @ u,
+    "w*u@u": lambda u, S, b, w: w * u @ u - b @ u,
+    "w*u@S@u": lambda u, S, b, w: w * u @ S @ u - b @ u,
+    "einsum i,i->": lambda u, S, b, w: torch.einsum("i,i->", u, u) - b @ u,
+    "weighted squares": lambda u, S, b, w: (b.exp() * u * u).sum() - b @ u,
+    "slices": lambda u, S, b, w: u[:2] @ u[:2] + u[2].square() - b @ u,
+    "rows": lambda u, S, b, w: sum(torch.outer(b, u)[t] @ S @ torch.outer(b, u)[t] for t in range(2)) - b @ u,
+    "sqrt of a form": lambda u, S, b, w: (u @ S @ u).sqrt() + 2 * (u - 3).square().sum(),
+}
+
+
+@pytest.mark.filterwarnings("ignore::ddn_solvers.FallbackWarning")
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_quadratics_as_people_write_them(name):
+    """A kink makes the problem no QP, so that CVXPY's rules have to see that they are convex."""
+    f = SPELLINGS[name]
+    problem = ddn.Problem(
+        {"u": (3,)},
+        {"S": (3, 3), "b": (3,), "w": ()},
+        lambda u, S, b, w: f(u, S, b, w) + 0.1 * (u - b).abs().sum(),
+    )
+    root = torch.randn(3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    given = {
+        "S": root @ root.mT + torch.eye(3, dtype=torch.float64),
+        "b": torch.tensor([0.5, -1.0, 0.8], dtype=torch.float64),
+        "w": torch.tensor(0.7, dtype=torch.float64),
+    }
+    start = torch.ones(3, dtype=torch.float64)
+    found, wanted = (
+        ddn.solve(problem, given, solver=solver, initial=start)["u"] for solver in ("cvxpy:CLARABEL", "auto")
+    )
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-8)

@@ -821,12 +821,28 @@ def operation_name_of(target: Any) -> str:
 # --- compositions that are convex as a whole -----------------------------------------------------------
 
 
+_DEEP = 8  # calls within each other that are compared
+
+
 def _is(node: Any, *names: str) -> bool:
     return isinstance(node, fx.Node) and node.op == "call_function" and operation_name(node) in names
 
 
 def _same_value(x: Any, y: Any) -> bool:
-    return isinstance(x, fx.Node) and x is y
+    """Whether two nodes are one, or the same calls of the same things: ``(u - b) @ (u - b)`` computes u - b twice."""
+    return isinstance(x, fx.Node) and _alike(x, y, _DEEP)
+
+
+def _alike(x: Any, y: Any, depth: int) -> bool:
+    if isinstance(x, fx.Node) and isinstance(y, fx.Node):
+        if x is y or depth == 0 or x.op != "call_function" or x.target != y.target:
+            return x is y
+        return _alike((x.args, dict(x.kwargs)), (y.args, dict(y.kwargs)), depth - 1)
+    if isinstance(x, (list, tuple)) and isinstance(y, (list, tuple)):
+        return len(x) == len(y) and all(_alike(a, b, depth) for a, b in zip(x, y, strict=True))
+    if isinstance(x, dict) and isinstance(y, dict):
+        return x.keys() == y.keys() and all(_alike(x[key], y[key], depth) for key in x)
+    return type(x) is type(y) and bool(x == y)
 
 
 def _squared(node: Any) -> fx.Node | None:
@@ -869,8 +885,17 @@ def _root_of_squares(context: Context, node: fx.Node) -> Tensor | None:
 
 @rewrite("mul")
 def _square(context: Context, node: fx.Node) -> Tensor | None:
+    """x * x, and w * x * x with w free of variables."""
     inner = _squared(node)
-    return None if inner is None else _apply("square", context, context.value(inner))
+    if inner is not None:
+        return _apply("square", context, context.value(inner))
+    for weighted, x in (node.args[:2], reversed(node.args[:2])):
+        if not _is(weighted, "mul"):
+            continue
+        for weight, factor in (weighted.args[:2], reversed(weighted.args[:2])):  # type: ignore[union-attr]  # fx types arguments loosely
+            if _same_value(factor, x) and context.independent(weight):
+                return product(context, context.value(weight), _apply("square", context, context.value(x)))
+    return None
 
 
 @rewrite("mul", "xlogy", "special_xlogy")
@@ -939,40 +964,85 @@ def _quadratic_over_linear(context: Context, node: fx.Node) -> Tensor | None:
     return make(quotient, tuple(node.meta["val"].shape))
 
 
-@rewrite("dot", "vdot", "matmul", "inner", "linalg_vecdot", "sum")
+_FORMS = ("dot", "vdot", "matmul", "inner", "linalg_vecdot", "sum")
+
+
+@rewrite(*_FORMS)
 def _quadratic_form(context: Context, node: fx.Node) -> Tensor | None:
     """x^T x, and x^T P x with P free of variables."""
+    found = _form_of(context, node)
+    if found is None:
+        return None
+    factors, x, matrix = found
+    if matrix is None:
+        return _scaled(context, factors, make(cp.sum_squares(context.value(x).expression), ()))
+    form = _form(context, context.value(x), context.value(matrix))
+    return None if form is None else _scaled(context, factors, form)
+
+
+@rewrite("sqrt", "pow")
+def _root_of_form(context: Context, node: fx.Node) -> Tensor | None:
+    """sqrt(x^T P x), a norm."""
+    inside: Any = node.args[0]
+    if (operation_name(node) == "pow" and node.args[1] != 0.5) or not _is(inside, *_FORMS):
+        return None
+    factors, x, matrix = _form_of(context, inside) or ((), None, None)
+    if matrix is None or not all(isinstance(factor, (int, float)) and factor > 0 for factor in factors):
+        return None
+    vector, weight = context.value(x), as_tensor(context.value(matrix))
+    if len(vector.shape) != 1 or len(weight.shape) != 2 or not vector.expression.is_affine():
+        return None
+    sign, factor = context.factor(weight)
+    if sign < 0:
+        return None
+    if factor.expression.parameters():
+        vector = Tensor(context.free_of_parameters(vector.expression), vector.shape)
+    root = cp.norm(factor.matrix() @ vector.expression, 2)
+    return make(math.sqrt(math.prod(factors)) * root, ())
+
+
+def _form_of(context: Context, node: fx.Node) -> tuple[tuple[Any, ...], Any, Any] | None:
+    """Factors, x and P of a quadratic form, P being ``None`` where there is none."""
     product_node = node.args[0] if operation_name(node) == "sum" else node
     if (product_node is not node and not _is(product_node, "mul")) or node.meta["val"].dim() != 0:
         return None
-    x, y = product_node.args[:2]  # type: ignore[union-attr]  # fx types arguments loosely
+    (of_x, x), (of_y, y) = (_unscaled(context, arg) for arg in product_node.args[:2])  # type: ignore[union-attr]  # fx types arguments loosely
     if _same_value(x, y):
-        return make(cp.sum_squares(context.value(x).expression), ())
-    for left, right in ((x, y), (y, x)):
-        (scale, vector), (of_image, image) = _unscaled(left), _unscaled(right)
+        return (*of_x, *of_y), x, None
+    for vector, image in ((x, y), (y, x)):
         if not _is(image, "matmul", "mv"):
             continue
         for argument, matrix in (image.args, reversed(image.args)):
-            of_argument, argument = _unscaled(argument)
+            of_argument, argument = _unscaled(context, argument)
             if _same_value(argument, vector) and context.independent(matrix):
-                form = _form(context, context.value(vector), context.value(matrix))
-                return None if form is None else product(context, scale * of_image * of_argument, form)
+                return (*of_x, *of_y, *of_argument), vector, matrix
     return None
 
 
-def _unscaled(node: Any) -> tuple[float, Any]:
-    """A number and a node whose product is the node: ``0.5 * u @ P @ u`` scales its first ``u``."""
+def _unscaled(context: Context, node: Any) -> tuple[tuple[Any, ...], Any]:
+    """Factors that are one number each, and a node, whose product is the node: ``0.5 * u @ P @ u`` scales its first ``u``."""
     if _is(node, "mul"):
-        for number, scaled in (node.args, reversed(node.args)):
-            if isinstance(number, (int, float)):
-                return float(number), scaled
-    return 1.0, node
+        for factor, scaled in (node.args[:2], reversed(node.args[:2])):
+            number = isinstance(factor, (int, float))
+            if number or (context.independent(factor) and factor.meta["val"].numel() == 1):
+                more, inner = _unscaled(context, scaled)
+                return (factor, *more), inner
+    return (), node
+
+
+def _scaled(context: Context, factors: Sequence[Any], term: Tensor) -> Tensor:
+    for factor in factors:
+        value = factor if isinstance(factor, (int, float)) else context.value(factor)
+        term = product(context, value, term)
+    return make(term.expression, ())
 
 
 @rewrite("einsum")
 def _quadratic_einsum(context: Context, node: fx.Node) -> Tensor | None:
     inputs, _, output = str(node.args[0]).replace(" ", "").partition("->")
     labels, operands = inputs.split(","), list(node.args[1])  # type: ignore[arg-type]  # fx types arguments loosely
+    if not output and len(labels) == 2 and labels[0] == labels[1] and _same_value(*operands):
+        return make(cp.sum_squares(context.value(operands[0]).expression), ())
     if output or len(labels) != 3 or sorted(map(len, labels)) != [1, 1, 2]:
         return None
     at = next(k for k, label in enumerate(labels) if len(label) == 2)
