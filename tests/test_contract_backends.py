@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import time
 import warnings
 
 import numpy as np
@@ -502,3 +503,26 @@ def bounded() -> ddn.Problem:
     return ddn.Problem(
         {"u": (2,)}, {"x": (2,)}, lambda u, x: (u - x).square().sum(), bounds={"u": (0.0, None)}
     )
+
+
+@pytest.mark.filterwarnings("ignore::ddn_solvers.FallbackWarning")
+@pytest.mark.parametrize("solver", ["casadi:ipopt", "casadi:sqpmethod"])
+def test_the_limit_of_a_call_holds_within_a_sample(solver):
+    """IPOPT was not told of it: 36 seconds in place of two, where torch callbacks take their time."""
+
+    def slow(u, x):
+        time.sleep(0.02)
+        return torch.exp((u - x) ** 2).sum() if bool(u.sum() < 1e6) else u.sum()
+
+    problem = ddn.Problem({"u": (2,)}, {"x": (2,)}, slow)
+    started = time.monotonic()
+    s = ddn.solve(
+        problem,
+        {"x": torch.full((2,), 4.0, dtype=D)},
+        solver=solver,
+        initial=torch.tensor([0.0, 8.0], dtype=D),
+        options={"call_time_limit": 0.3},
+        policy=ddn.Policy("mask"),
+    )
+    assert s.status == (S.TIME_LIMIT,)
+    assert time.monotonic() - started < 10

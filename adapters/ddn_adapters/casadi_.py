@@ -200,7 +200,8 @@ class CasADiAdapter(Adapter):
             native = {**_IPOPT_WARM, **native}
         if "qpsol" in of.options.native and "qpsol_options.daqp" not in of.options.native:
             native.pop("qpsol_options.daqp", None)
-        watched = method == "sqpmethod" and of.options.time_limit is not None
+        limited = method == "sqpmethod" and of.options.time_limit is not None  # IPOPT keeps that itself
+        watched = method in _NLPSOL and (limited or np.isfinite(of.options.deadline))
         kind = _Nonlinear if method in _NLPSOL else _Conic
         key = ("casadi", method, repr(sorted(native.items())), watched)
 
