@@ -21,6 +21,8 @@ import types
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from datetime import date, timedelta
+from numbers import Number
 from typing import Any
 
 import numpy as np
@@ -31,7 +33,7 @@ from ddn_solvers.problem import Problem
 from ddn_solvers.validation import FIELDS
 
 Overrides = Mapping[str, Any]
-_SCALARS = (bool, int, float, complex, str, bytes, type(None), np.generic)
+_SCALARS = (Number, str, bytes, type(None), np.generic, timedelta, date)
 _SEQUENCES = (list, tuple, deque)
 # torch's own attributes, whose contents are walked as what they are.
 _OF_MODULES = frozenset(key for key in vars(torch.nn.Module()) if key.startswith("_"))

@@ -92,21 +92,26 @@ class DAQPAdapter(BatchAdapter):
                 continue
             sense = kinds.copy()
             sense[:n] = fixed[i]
-            start = self._start(batch.warm_start[i] if batch.warm_start else None)
-            found = daqp.solve(P[i], given.gradient[i], J[i], upper[i], lower[i], sense, **settings, **start)
-            points.append(self._point(found, m, n, batch.initial[i]))
+            # Of an LP it moves by proximal steps, whose length is absolute.
+            steepest = np.abs(given.gradient[i]).max(initial=0.0)
+            unit = float(steepest) if steepest > 0 and np.isfinite(steepest) and not P[i].any() else 1.0
+            start = self._start(batch.warm_start[i] if batch.warm_start else None, unit)
+            found = daqp.solve(
+                P[i], given.gradient[i] / unit, J[i], upper[i], lower[i], sense, **settings, **start
+            )
+            points.append(self._point(found, m, n, batch.initial[i], unit))
         return points
 
-    def _start(self, warm: Point | None) -> dict[str, Array]:
+    def _start(self, warm: Point | None, unit: float) -> dict[str, Array]:
         parts = None if warm is None else (warm.lower, warm.upper, warm.equality, warm.inequality)
         if warm is None or parts is None or any(part is None for part in parts):
             return {}
         lower, upper, equality, inequality = parts
-        return {"dual_start": np.concatenate([upper - lower, equality, inequality])}  # type: ignore[operator]  # none is None
+        return {"dual_start": np.concatenate([upper - lower, equality, inequality]) / unit}  # type: ignore[operator]  # none is None
 
-    def _point(self, found: tuple[Any, ...], m: int, n: int, initial: Array) -> Point:
+    def _point(self, found: tuple[Any, ...], m: int, n: int, initial: Array, unit: float) -> Point:
         z, _, flag, info = found
-        multipliers, finite = np.asarray(info["lam"], dtype=float), np.isfinite(z).all()
+        multipliers, finite = unit * np.asarray(info["lam"], dtype=float), np.isfinite(z).all()
         return Point(
             np.asarray(z, dtype=float) if finite else initial,
             _STATUS.get(int(flag), Status.NUMERICAL_ERROR) if finite else Status.NUMERICAL_ERROR,
