@@ -178,7 +178,9 @@ class Evaluation:
         """
         matrices = self._second
         rows = matrices.absolute.times(self.own_size) * self.own_size
-        lasting = self._lasting.absolute.times(self.own_size) * self.own_size
+        lasting = rows
+        if self._local.any():
+            lasting = self._lasting.absolute.times(self.own_size) * self.own_size
         curved = rows > FLAT * _largest(lasting)[:, None]
         return matrices if curved.all() else matrices.scaled(curved.astype(float), curved.astype(float))
 
@@ -230,6 +232,8 @@ class Evaluation:
     @cached_property
     def narrowing(self) -> Array:
         """Factors of the variables' sizes that make curvature at a bound what it is a little farther in, (B, n)."""
+        if not self._local.any():
+            return np.ones_like(self.point.z)
         here, farther = (np.abs(H.diagonal()) for H in (self._second, self._lasting))
         narrow = self._local & (here > 0)
         return np.where(narrow, np.sqrt(farther / np.where(narrow, here, 1.0)), 1.0)

@@ -2,7 +2,9 @@
 
 import collections
 import copy
+import decimal
 import enum
+import fractions
 import functools
 import io
 import pickle
@@ -1003,3 +1005,15 @@ def test_a_module_without_parameters_follows_the_modes_of_its_layer():
     own = copy.deepcopy(layer).train()
     torch.testing.assert_close(own(X), 2 * X)
     torch.testing.assert_close(layer(X), 3 * X)
+
+
+@pytest.mark.parametrize(("before", "after"), [
+    (decimal.Decimal(2), decimal.Decimal(9)),
+    (fractions.Fraction(2), fractions.Fraction(9)),
+])  # fmt: skip
+def test_numbers_of_other_kinds_are_seen(before, after):
+    state = {"value": before}
+    problem = distance(lambda: float(state["value"]))
+    assert seen(problem) == pytest.approx(2)
+    state["value"] = after
+    assert seen(problem) == pytest.approx(9)
