@@ -84,19 +84,70 @@ def find_pieces(module: fx.GraphModule, variables: int) -> Pieces | None:
     shapes = _shapes(module)
     counted = _Kinks()
     _Rewriting(module, targets, counted).run(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
+    twins = _twins(module, targets, shapes, counted)
+    own, count = twins.own, int(twins.own.sum())
 
     def smooth(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        *own, sigma, tau = inputs
-        kinks = _Kinks(sigma, tau)
-        outputs = _Rewriting(module, targets, kinks).run(*own)
-        return (*outputs, torch.cat(kinks.rows))
+        *given, sigma, tau = inputs
+        kinks = _Kinks(sigma, tau, twins)
+        outputs = _Rewriting(module, targets, kinks).run(*given)
+        rows = torch.cat(kinks.rows)
+        return (*outputs, rows if own.all() else _entries(rows, np.flatnonzero(own)))
 
+    branches = np.array(counted.branches, dtype=np.intp)[own]
     return Pieces(
-        retrace(smooth, [*shapes, (counted.count,), (counted.count,)]),
-        tuple(counted.kinks),
-        np.array(counted.group, dtype=np.intp),
-        np.array(counted.branches, dtype=np.intp),
+        retrace(smooth, [*shapes, (count,), (count,)]),
+        tuple(kink for kink, keep in zip(counted.kinks, own, strict=True) if keep),
+        np.unique(np.array(counted.group)[own], return_inverse=True)[1],
+        np.where(branches == _LEAF, _LEAF, twins.place[branches]),
     )
+
+
+@dataclass(frozen=True)
+class _Twins:
+    """Rows that are another one, or minus another one, whatever the inputs: one kink that is written twice.
+
+    Attributes:
+        own: Rows that are kept, (rows,) bool.
+        place: Of each row, among those that are kept, the one that stands for it.
+        sign: 1 or -1, (rows,).
+    """
+
+    own: Any
+    place: Index
+    sign: Any
+
+
+def _twins(
+    module: fx.GraphModule, targets: set[fx.Node], shapes: Sequence[tuple[int, ...]], counted: _Kinks
+) -> _Twins:
+    """Rows of single numbers that are compared with no others and agree to the last bit at two points."""
+    group, compared = np.array(counted.group), {k for pair in counted.branches for k in pair}
+    alone = np.bincount(group)[group] == 1
+    alone &= np.array([pair == (_LEAF, _LEAF) for pair in counted.branches])
+    alone &= ~np.isin(np.arange(counted.count), list(compared))
+    generator, values = torch.Generator().manual_seed(0), []
+    for _ in range(2):
+        inputs = [torch.rand(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+        sigma, tau = torch.rand(2, counted.count, generator=generator, dtype=torch.float64)
+        kinks = _Kinks(sigma, tau)
+        try:
+            _Rewriting(module, targets, kinks).run(*inputs)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # it is there; of a matrix that such numbers make
+            alone[:] = False
+            break
+        values.append(torch.cat(kinks.rows).numpy())
+    own, place, sign = np.ones(counted.count, dtype=bool), np.arange(counted.count), np.ones(counted.count)
+    first: dict[bytes, int] = {}
+    for k in np.flatnonzero(alone):
+        at = np.array([value[k] for value in values])
+        if not np.isfinite(at).all() or not at.any():
+            continue
+        sign[k] = 1.0 if at[at != 0][0] > 0 else -1.0
+        place[k] = first.setdefault((sign[k] * at + 0.0).tobytes(), int(k))
+        own[k] = place[k] == k
+    sign = sign * sign[place]
+    return _Twins(own, (np.cumsum(own) - 1)[place], sign)
 
 
 def lift(pieces: Pieces, variables: int) -> tuple[fx.GraphModule, int]:
@@ -155,10 +206,16 @@ class _Kinks:
     Args:
         sigma: The input; without one the kinks are only counted.
         tau: The input.
+        twins: Which rows stand for which.
     """
 
-    def __init__(self, sigma: torch.Tensor | None = None, tau: torch.Tensor | None = None) -> None:
-        self._sigma, self._tau = sigma, tau
+    def __init__(
+        self,
+        sigma: torch.Tensor | None = None,
+        tau: torch.Tensor | None = None,
+        twins: _Twins | None = None,
+    ) -> None:
+        self._sigma, self._tau, self._twins = sigma, tau, twins
         self.rows: list[torch.Tensor] = []
         self.kinks: list[Kink] = []
         self.group: list[int] = []
@@ -194,7 +251,10 @@ class _Kinks:
         self.branches += map(tuple, (none if branches is None else branches).tolist())
         if self._sigma is None or self._tau is None:
             return torch.zeros_like(r), torch.zeros_like(r)
-        return self._sigma[start:stop].reshape(r.shape), self._tau[start:stop].reshape(r.shape)
+        if self._twins is None or self._twins.own.all():
+            return self._sigma[start:stop].reshape(r.shape), self._tau[start:stop].reshape(r.shape)
+        place, sign = (torch.from_numpy(v[start:stop]) for v in (self._twins.place, self._twins.sign))
+        return (sign * self._sigma[place]).reshape(r.shape), self._tau[place].reshape(r.shape)
 
 
 class _Rewriting(fx.Interpreter):

@@ -652,3 +652,21 @@ def test_sums_of_norms_that_all_vanish(seed, name, solver):
     (found,) = torch.autograd.grad(u @ rand(8, seed=9), x)
     (wanted,) = torch.autograd.grad(formula(x) @ rand(8, seed=9), x)
     close(found, wanted)
+
+
+@pytest.mark.parametrize("solver", ["auto", "casadi:ipopt", "scipy:SLSQP"])
+def test_one_kink_written_twice_is_one(solver):
+    """Quantile regression with both its sides as relu: rows that were each other's negatives made the matrix singular."""
+    X, y = rand(12, 3), rand(12, seed=1)
+    spellings = (
+        lambda b, y, tau: (tau * (y - X @ b).relu() + (1 - tau) * (X @ b - y).relu()).sum(),
+        lambda b, y, tau: torch.maximum(tau * (y - X @ b), (tau - 1) * (y - X @ b)).sum(),
+    )
+    found = []
+    for f in spellings:
+        given = {"y": y.clone().requires_grad_(), "tau": number(0.3)}
+        s = ddn.solve(ddn.Problem({"b": (3,)}, {"y": (12,), "tau": ()}, f), given, solver=solver)
+        assert s.certificate.ok
+        found.append((s["b"], *torch.autograd.grad(s["b"] @ rand(3, seed=2), given["y"])))
+    for a, b in zip(*found, strict=True):
+        close(a, b)
