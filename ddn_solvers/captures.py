@@ -142,7 +142,7 @@ def fingerprint(value: Any, is_input: bool) -> tuple[Any, ...]:
         return (type(value), repr(value))
     if isinstance(value, torch.nn.Module):
         # A model gets its layer as a child after the layer has traced functions of that model: no change for them.
-        children = (n for n, child in value.named_children() if type(child).__module__ != "ddn_solvers.layer")
+        children = (n for n, child in value.named_children() if not _is_layer(child))
         hooks = (*value._forward_pre_hooks.values(), *value._forward_hooks.values())
         return (type(value), tuple(children), hooks, vars(value).get("forward"))
     if isinstance(value, Mapping):
@@ -154,6 +154,10 @@ def fingerprint(value: Any, is_input: bool) -> tuple[Any, ...]:
     if isinstance(value, types.MethodType):
         return (type(value), value.__func__)
     return (type(value), value if isinstance(value, types.FunctionType) else None)
+
+
+def _is_layer(value: Any) -> bool:
+    return any(base.__module__ == "ddn_solvers.layer" for base in type(value).__mro__)
 
 
 def _content(value: Any) -> tuple[Any, ...]:
@@ -239,8 +243,9 @@ class _Walk:
         if first is not None:
             self.ties.append((accessor, first))
             return
-        # What a function calls its self most likely holds the layer, which must not hold it in turn: its parts do.
+        # What a function calls its self most likely holds the layer, which must not hold it in turn, nor itself: its parts do.
         registrable = isinstance(value, (torch.nn.Module, torch.nn.Parameter)) and accessor.name != "self"
+        registrable = registrable and not _is_layer(value)
         if accessor.anchor is None and registrable:
             accessor = replace(
                 accessor, anchor=self._anchor_name(accessor.name, value), anchor_depth=len(accessor.steps)

@@ -187,7 +187,7 @@ class DeclarativeLayer(torch.nn.Module):
         program = compile_program(self.problem)
         self._front = compiled.Front(self, program)
         for accessor in program.graph.seen.accessors:
-            if accessor.anchor is not None:
+            if accessor.anchor is not None and accessor.anchor in (*self._parameters, *self._modules):
                 self._origins[accessor.anchor] = _Origin(accessor, accessor.read_anchor())
 
     def extra_repr(self) -> str:

@@ -1017,3 +1017,30 @@ def test_numbers_of_other_kinds_are_seen(before, after):
     assert seen(problem) == pytest.approx(2)
     state["value"] = after
     assert seen(problem) == pytest.approx(9)
+
+
+class Holding(nn.Module):
+    """A model whose layer is made of the model's own method."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(3, dtype=D))
+        self.layer = ddn.DeclarativeLayer(ddn.Problem({"u": (3,)}, {"x": (3,)}, self.energy))
+
+    def energy(self, u, x):
+        return (u - self.w * x).square().sum()
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def test_a_model_that_holds_its_own_layer_is_copied_after_it_was_traced_anew():
+    model = Holding()
+    model(X)
+    model.eval()
+    model(X)
+    best = copy.deepcopy(model)
+    with torch.no_grad():
+        model.w.fill_(5.0)
+    torch.testing.assert_close(best(X), X)
+    assert [name for name, _ in model.layer.named_parameters()] == ["self_w"]

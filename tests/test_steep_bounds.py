@@ -131,3 +131,18 @@ def test_a_point_on_a_bound_from_which_the_slope_leads_away_is_no_solution():
     s = ddn.solve(problem, {"b": b})
     assert s.certificate.ok
     assert s.residuals.stationarity < 1e-9
+
+
+@pytest.mark.parametrize("power", [1.2, 1.5, 2.5])
+def test_a_bound_beyond_which_a_function_has_no_value_is_regular(power):
+    """Whether the matrix is chance was asked at points beyond the bound, where u^1.5 has none."""
+    problem = ddn.Problem(
+        {"u": (3,)}, {"x": (3,)}, lambda u, x: (u**power).sum() - x @ u, bounds={"u": (0.0, None)}
+    )
+    x = torch.tensor([1.0, -1.0, -2.0], dtype=D, requires_grad=True)
+    s = ddn.solve(problem, {"x": x})
+    assert s.certificate.ok
+    at = (1 / power) ** (1 / (power - 1))
+    torch.testing.assert_close(s["u"], torch.tensor([at, 0.0, 0.0], dtype=D))
+    (slope,) = torch.autograd.grad(s["u"].sum(), x)
+    torch.testing.assert_close(slope, torch.tensor([at / (power - 1), 0.0, 0.0], dtype=D))

@@ -52,7 +52,8 @@ def unsettled(
     here = evaluation.take(doubtful)
     sign = np.sign(without_symmetry(active.n))
     far = np.clip(_FARTHER * predicted[doubtful], _EXACT, policy.accuracy)[:, None]
-    moved = replace(here.point, z=here.point.z + far * here.size * here.narrowing * sign)
+    way = np.where(active.fixed[doubtful], 0.0, here.size * here.narrowing * sign)
+    moved = replace(here.point, z=here.point.z + far * way)
     there = here.at_known(moved, Evaluation.at(here.program, here.bound, moved).first)
     system = kkt_system(here, active.take(doubtful), linear_solver=policy.linear_solver)
     n, force, reach = active.n, here.force, here.reach
