@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ddn_solvers.problem import Problem
 from ddn_solvers.validation import FIELDS
@@ -110,6 +111,12 @@ class Watch:
         except (LookupError, AttributeError, ValueError, TypeError):
             return False
 
+    @property
+    def incidental(self) -> bool:
+        """Whether it is in a private attribute, or a tensor of the trace that the functions kept."""
+        private = any(kind == "attr" and str(key).startswith("_") for kind, key in self.accessor.steps)
+        return private or isinstance(self.accessor.read(), FakeTensor)
+
 
 @dataclass(frozen=True)
 class Captures:
@@ -122,6 +129,16 @@ class Captures:
 
     inputs: tuple[Accessor, ...]
     watches: tuple[Watch, ...]
+
+    def copies(self) -> dict[int, torch.Tensor]:
+        """By id, a copy of each captured tensor for a call that must leave the captured ones alone, a counter's say."""
+        found = {}
+        for accessor in self.accessors:
+            value = accessor.read()
+            if isinstance(value, torch.Tensor) and value.layout is torch.strided:
+                wide = torch.float64 if value.is_floating_point() else value.dtype
+                found[id(value)] = value.detach().to("cpu", wide, copy=True)
+        return found
 
     @property
     def accessors(self) -> tuple[Accessor, ...]:
@@ -137,7 +154,8 @@ def fingerprint(value: Any, is_input: bool) -> tuple[Any, ...]:
         return ("constant", value.requires_grad, *_content(value))
     if isinstance(value, np.ndarray):
         with temporarily_clear_interpreter_stack():
-            return ("array", *_content(torch.from_numpy(value) if value.dtype.kind in "fiu" else value))
+            numbers = value.dtype.kind in "fiu"
+            return ("array", *_content(torch.from_numpy(value) if numbers else value, id(value)))
     if isinstance(value, _SCALARS):
         return (type(value), repr(value))
     if isinstance(value, torch.nn.Module):
@@ -160,8 +178,10 @@ def _is_layer(value: Any) -> bool:
     return any(base.__module__ == "ddn_solvers.layer" for base in type(value).__mro__)
 
 
-def _content(value: Any) -> tuple[Any, ...]:
-    """What tells one constant from another: its entries, where they are few enough to compare."""
+def _content(value: Any, identity: int | None = None) -> tuple[Any, ...]:
+    """What tells one constant from another: its entries, where they are few enough to compare, else ``identity``."""
+    if isinstance(value, FakeTensor):  # which the functions kept when they were traced
+        return (value.dtype, tuple(value.shape), id(value))
     if not isinstance(value, torch.Tensor):
         return (value.dtype.str, value.shape, value.tobytes() if value.dtype.kind != "O" else id(value))
     if value.layout is not torch.strided:
@@ -171,7 +191,8 @@ def _content(value: Any) -> tuple[Any, ...]:
             data = value.detach().resolve_conj().resolve_neg().contiguous().view(-1)
             content = data.view(torch.uint8).numpy().tobytes() if data.numel() else b""
         return (value.dtype, tuple(value.shape), content)
-    return (value.dtype, tuple(value.shape), id(value), None if value.is_inference() else value._version)
+    version = None if value.is_inference() else value._version
+    return (value.dtype, tuple(value.shape), id(value) if identity is None else identity, version)
 
 
 def _sparse_parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -186,7 +207,12 @@ def find_captures(problem: Problem) -> Captures:
     """Walk every function and bound of ``problem``."""
     inputs: dict[int, Accessor] = {}
     watches: list[Watch] = []
-    walk = _Walk()
+    first_walk = _Walk(set())
+    for _ in _walk_problem(problem, first_walk):
+        pass
+    walk = _Walk(
+        first_walk.names
+    )  # which private attributes count depends on what functions refer to, wherever they are
     for accessor, value, in_module in _walk_problem(problem, walk):
         is_input = isinstance(value, torch.Tensor) and _is_input(value, in_module)
         if is_input:
@@ -223,14 +249,17 @@ Found = tuple[Accessor, Any, bool]
 class _Walk:
     """One depth-first walk; ``visited`` stops cycles, tensors are reported each time they are met.
 
+    Args:
+        names: That the functions refer to, as far as they are known.
+
     Attributes:
         ties: Further accessors of objects that had been met, with the first of each.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, names: set[str]) -> None:
         self.visited: dict[int, Accessor] = {}
         self.classes: set[type] = set()
-        self.names: set[str] = set()  # that the functions met so far refer to
+        self.names = set(names)
         self.anchors: dict[str, int] = {}
         self.ties: list[tuple[Accessor, Accessor]] = []
         self.kept_alive: list[Any] = []  # ids are only good while their objects live
@@ -320,13 +349,10 @@ class _Walk:
             # Frameworks keep much in private attributes; of those, only what these functions refer to.
             if key not in _OF_MODULES and (key in named or not key.startswith("_")):
                 yield from self.value(accessor.step("attr", key), attribute, depth + 1, True)
-        for kind in ("_forward_pre_hooks", "_forward_hooks"):
-            for key, hook in getattr(module, kind).items():
-                yield from self.value(accessor.step("attr", kind).step("item", key), hook, depth + 1, True)
         yield from self._class(accessor, type(module), depth, set(vars(module)))
 
     def _named(self, cls: type) -> set[str]:
-        """Names that the functions met so far refer to, and methods of ``cls`` that those may call."""
+        """Names that the functions refer to, and methods of ``cls`` that those may call."""
         methods: dict[str, list[types.CodeType]] = {}
         for base in cls.__mro__:
             for key, attribute in {} if _foreign(base.__module__) else vars(base).items():

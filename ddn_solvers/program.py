@@ -7,7 +7,7 @@ block, (B, size) or (size,) where all samples share it. Constraints are stacked,
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -308,7 +308,8 @@ class Program(Evaluators):
         elif self.graph.module is not None and self.compiled and not declared:
             outputs = self.graph.module(*variables, *blocks)
         else:
-            outputs = self._call_functions(variables, blocks)
+            copies = self.graph.seen.copies() if declared else None
+            outputs = self._call_functions(variables, blocks, copies)
         by_term = dict(zip(self.graph.outputs, outputs, strict=True))
         rows = [v.reshape(-1) for (kind, _), v in by_term.items() if kind in ("equality", "inequality")]
         sides = []
@@ -350,14 +351,21 @@ class Program(Evaluators):
 
         return loop
 
-    def _call_functions(self, variables: list[torch.Tensor], blocks: list[torch.Tensor]) -> Any:
-        """The user's functions themselves, with ``blocks`` in place of what they capture."""
+    def _call_functions(
+        self,
+        variables: list[torch.Tensor],
+        blocks: list[torch.Tensor],
+        copies: Mapping[int, torch.Tensor] | None = None,
+    ) -> Any:
+        """The user's functions themselves, with ``blocks``, and ``copies`` by id, in place of what they capture."""
         declared = len(self.problem.parameters)
         names = [*self.problem.variables, *self.problem.parameters]
         inputs = dict(zip(names, [*variables, *blocks[:declared]], strict=True))
         originals = self.graph.read_captures(None)
         stand_ins = {id(t): block for t, block in zip(originals, blocks[declared:], strict=True)}
-        values = evaluate(self.graph.terms, inputs, Substitution(stand_ins, tracing=False))
+        values = evaluate(
+            self.graph.terms, inputs, Substitution({**(copies or {}), **stand_ins}, tracing=False)
+        )
         for term, value, shape in zip(self.graph.terms, values, self.graph.shapes, strict=True):
             if tuple(value.shape) != shape:
                 raise ProblemError(

@@ -33,14 +33,16 @@ from ddn_solvers.units import FLAT, units_of
 # What of an evaluation depends on the matrices of an LP or QP alone, and not on the point.
 _OF_MATRICES = ("J", "_second", "row_norms", "length", "_units_of_variables")
 _TINY = 1e-300
-_EPSILON = float(np.finfo(float).eps)
-_CANCELLED = 1e3 * _EPSILON  # of the terms of a difference, what may be their rounding
+EPSILON: Final = float(np.finfo(float).eps)
+_CANCELLED = 1e3 * EPSILON  # of the terms of a difference, what may be their rounding
 _SMALLEST = 1e-9  # size of the variables relative to 1 that may not be rounding
 _NOTHING = 1e-7  # relative size of the forces that meet in a row below which they are not told apart: with the accuracy, rounding
 _ROUNDING = 1e-13  # relative force that counts as none
 BEYOND: Final = (
     1e2  # force of a multiplier, relative to those of the objective, from which on its row may be vanishing
 )
+# How far inside of a bound at which the slope has no value the edge is, relative to the bound and at least.
+_ULPS, _INSIDE = 1e-15, 1e-30
 _CLOSE = 1e-2  # to a bound, relative to max(1, |z|): how far in it is looked whether curvature lasts
 _NEAR_ZERO = 1e-3  # of the length of a vector relative to what it can become
 _VANISHING = 1e-2  # of the change of a row's gradient over a hundredth of the point's size
@@ -182,6 +184,8 @@ class Evaluation:
         if self._local.any():
             lasting = self._lasting.absolute.times(self.own_size) * self.own_size
         curved = rows > FLAT * _largest(lasting)[:, None]
+        if not self.program.quadratic:  # multipliers that are rounding bend rows
+            curved &= rows > EPSILON * self._strength
         return matrices if curved.all() else matrices.scaled(curved.astype(float), curved.astype(float))
 
     @cached_property
@@ -218,16 +222,43 @@ class Evaluation:
         """Variables close to a bound, as that of u log u at zero, whose curvature is much less a little farther in, (B, n)."""
         return self._curvature_farther_in[0]
 
+    @property
+    def curvature_is_local(self) -> bool:
+        """Whether that of some variable is: see ``narrowing``."""
+        return bool(self._local.any())
+
+    @cached_property
+    def edges(self) -> tuple[Array, Array]:
+        """How near to its bounds a variable comes, (B, n) each: to themselves, unless no slope is finite there."""
+        (lower, upper), (open_lower, open_upper) = (self.bound.lower, self.bound.upper), self._open
+        if not (open_lower.any() or open_upper.any()):
+            return lower, upper
+        inside = np.maximum(_INSIDE, _ULPS * np.abs(lower)), np.maximum(_INSIDE, _ULPS * np.abs(upper))
+        return np.where(open_lower, lower + inside[0], lower), np.where(open_upper, upper - inside[1], upper)
+
+    @cached_property
+    def _open(self) -> tuple[Mask, Mask]:
+        """Lower and upper bounds at which the slope has no value, as that of u log u and of u sqrt(u) at zero."""
+        local, z, bound = self._local, self.point.z, self.bound
+        at_lower = local & (z - bound.lower <= bound.upper - z)
+        if not local.any():
+            return at_lower, at_lower
+        nearest = np.where(at_lower, bound.lower, bound.upper)
+        there = replace(self.point, z=np.where(local, nearest, z))
+        slope = Evaluation.at(self.program, bound, there).first.gradient
+        undefined = local & ~np.isfinite(slope)
+        return undefined & at_lower, undefined & ~at_lower
+
     @cached_property
     def repelled(self) -> Mask:
-        """Those of them that cannot reach it, since no slope is finite there: u log u has none at zero, u^1.5 has, (B, n)."""
-        local, z, bound = self._local, self.point.z, self.bound
-        if not local.any():
-            return local
-        nearest = np.where(z - bound.lower <= bound.upper - z, bound.lower, bound.upper)
-        there = replace(self.point, z=np.where(local, nearest, z))
-        found: Mask = local & ~np.isfinite(Evaluation.at(self.program, bound, there).first.gradient)
-        return found
+        """Variables that such a bound cannot hold, since the slope leads away from its edge: that of u log u, (B, n)."""
+        open_lower, open_upper = self._open
+        found = open_lower | open_upper
+        if not found.any():
+            return found
+        at_edge = np.where(open_lower, self.edges[0], np.where(open_upper, self.edges[1], self.point.z))
+        there = Evaluation.at(self.program, self.bound, replace(self.point, z=at_edge)).constraint_forces
+        return found & np.where(open_lower, there < 0, there > 0)
 
     @cached_property
     def narrowing(self) -> Array:
@@ -578,7 +609,9 @@ class Evaluation:
             n = self.point.z.shape[1]
             steep = np.where(self._local, np.abs(self._second.diagonal()), 0.0) * self.size / self.force
             forces = np.where(np.isfinite(self.slack[:, -2 * n :]), self.slack[:, -2 * n :], 0.0)
-            forces = np.where(np.tile(self.repelled, 2), 1.0, forces * np.tile(steep, 2))
+            held = np.concatenate(self._open, axis=1)  # as far as its edge
+            forces = np.where(held, 0.0, forces * np.tile(steep, 2))
+            forces = np.where(np.tile(self.repelled, 2), 1.0, forces)
             found[:, -2 * n :] = np.maximum(found[:, -2 * n :], forces)
         return found
 
@@ -615,7 +648,7 @@ class Evaluation:
         meeting = np.abs(self.first.gradient) + self.J.absolute.transposed_times(np.abs(self.point.y))
         felt = np.minimum(self.own_size, np.maximum(self.reference, self.length)[:, None])
         bends = self._bending
-        curvature, rounding = bends.times(felt), _EPSILON * bends.times(np.abs(self.point.z))
+        curvature, rounding = bends.times(felt), EPSILON * bends.times(np.abs(self.point.z))
         if not self.program.numbers.all():
             limited = np.minimum(curvature, self._strength / self.size)
             curvature = np.where(self._at_norms[:, None], limited, curvature)

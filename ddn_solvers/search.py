@@ -25,6 +25,7 @@ from ddn_solvers.program import Program
 from ddn_solvers.residuals import Bound, Evaluation, PrimalDual
 from ddn_solvers.solution import Status
 
+_LEFT = 1e-2  # share of the violation at the start that a solution may have left where rows have become steep
 _FAR = 1.0  # powers of ten from one beyond which the numbers of an LP or QP are scaled, if it fails otherwise
 _TENTATIVE = 30  # iterations after which what is worth a try because it is quick is so no longer
 # Statuses about which a look at the constraints says more, or says that a backend was wrong.
@@ -111,7 +112,7 @@ class Search:
         samples = max((len(p) for p in parameters if p.ndim == 2), default=self.samples)
         bound = Bound.of(program, parameters, samples)
         lower, upper = bound.lower, bound.upper
-        given = self.start(Start.GIVEN, lower, upper)
+        given = self._given = self.start(Start.GIVEN, lower, upper)
         self._reset(samples)
         best = PrimalDual.resting(program, parameters, given.copy())
         crossed = lower > upper
@@ -317,10 +318,40 @@ class Search:
         def start(some: Index, nearly: float) -> PrimalDual:
             return _with_multipliers(self.program, part.take(some), [points[i] for i in some], nearly)
 
-        verified = verify_from(self.program, part, start, self.policy, self.dtype)
+        verified = self._credible(
+            verify_from(self.program, part, start, self.policy, self.dtype), part, samples
+        )
         if len(samples) == len(self.status):
             self.verified = verified
         return verified
+
+    def _credible(self, verified: Verified, bound: Bound, samples: Index) -> Verified:
+        """Without points that violate constraints about as much as where the search began.
+
+        Where a row has become so steep that any violation is a tiny distance, as an exponential that has run off, distances
+        prove nothing.
+        """
+        if self.program.affine_constraints or not verified.optimal.any():
+            return verified
+        accuracy, rows = self.policy.accuracy, slice(0, self.program.constraints)
+        here = verified.evaluation
+        far = _violation(here) > accuracy
+        if not (far & verified.optimal).any():
+            return verified
+        start = self._measured(bound, self._given[samples])
+        reach = start.reach[:, rows].max(axis=1, initial=0.0)
+        lost = (
+            verified.optimal
+            & far
+            & (_violation(here) > np.maximum(_LEFT * _violation(start), accuracy * reach))
+        )
+        status, reasons = list(verified.status), list(verified.reasons)
+        for k in np.flatnonzero(lost):
+            status[k] = Status.NOT_A_KKT_POINT
+            reasons[k] = (
+                f"constraints are violated by {_violation(here)[k]:.1e}, about as where the search began"
+            )
+        return replace(verified, status=tuple(status), reasons=tuple(reasons))
 
     def _proved(self, bound: Bound, z: Array, claim: Status) -> bool:
         """Whether a backend's claim that an LP or QP has no solution holds; then no other need be asked."""
@@ -339,7 +370,7 @@ class Search:
         part = bound.take(failed)
         z = np.stack([nearest_feasible(self.program, bound.take([int(i)]), best.z[i]) for i in failed])
         start = least_squares_multipliers(self.program, part, z)
-        verified = verify(self.program, part, start, self.policy, self.dtype)
+        verified = self._credible(verify(self.program, part, start, self.policy, self.dtype), part, failed)
         for k in np.flatnonzero(verified.optimal):
             best.put(int(failed[k]), verified.evaluation.point, int(k))
             self.status[failed[k]], self.reasons[failed[k]] = Status.OPTIMAL, ""
@@ -393,6 +424,13 @@ class Search:
             self.verified = verify(self.program, bound, best, self.policy, self.dtype, minimum=False)
         self.verified = replace(self.verified, status=tuple(self.status), reasons=tuple(self.reasons))
         return self.verified
+
+
+def _violation(evaluation: Evaluation) -> Array:
+    """The largest of |h| and max(g, 0), (B,)."""
+    c, m = evaluation.first.constraints[:, : evaluation.program.constraints], evaluation.program.equality.size
+    found: Array = np.where(np.arange(c.shape[1]) < m, np.abs(c), c).max(axis=1, initial=0.0)
+    return found
 
 
 def _scales(measured: Evaluation) -> tuple[Array, Array]:

@@ -15,15 +15,17 @@ import contextlib
 import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import fx
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ddn_solvers.captures import Accessor, Captures, Overrides, find_captures
 from ddn_solvers.errors import DDNError, ProblemError, TraceError
@@ -77,6 +79,7 @@ def trace(problem: Problem) -> Graph:
         TraceError: A function has no sound derivative or no fixed value (random numbers, numbers
             taken out of tensors, arguments or captured values that it changes itself).
     """
+    _fill_caches(problem)
     seen = find_captures(problem)
     graph = _trace(problem, seen)
     if all(watch.holds(None) for watch in seen.watches):
@@ -90,7 +93,21 @@ def trace(problem: Problem) -> Graph:
             f"the problem's functions change what they capture ({', '.join(changed)}) each time they are called, so the "
             "problem has no fixed value. Compute a new value instead of changing one, and pass counters as parameters."
         )
-    return again
+    # What counts or logs, and changes nothing, is not watched: each call would mean a new trace.
+    kept = tuple(watch for watch in seen.watches if watch.holds(None) or not watch.incidental)
+    return replace(again, seen=replace(seen, watches=kept))
+
+
+def _fill_caches(problem: Problem) -> None:
+    """Call the functions once with numbers: what they make at the first call and keep would be tensors of the trace."""
+    named = {**problem.variables, **problem.parameters}
+    with (
+        _disable_current_modes(),
+        temporarily_clear_interpreter_stack(),
+        contextlib.suppress(Exception),  # whatever is wrong with them, the trace says it
+    ):
+        inputs = {name: _generic(shape).to(torch.float64) for name, shape in named.items()}
+        evaluate(terms_of(problem), inputs, Substitution(find_captures(problem).copies(), tracing=False))
 
 
 def _trace(problem: Problem, seen: Captures) -> Graph:

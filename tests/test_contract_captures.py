@@ -1044,3 +1044,55 @@ def test_a_model_that_holds_its_own_layer_is_copied_after_it_was_traced_anew():
         model.w.fill_(5.0)
     torch.testing.assert_close(best(X), X)
     assert [name for name, _ in model.layer.named_parameters()] == ["self_w"]
+
+
+# -- what functions keep ---------------------------------------------------------------------------------------------
+
+
+class Lazy(nn.Module):
+    """Makes a buffer at the first call, counts its calls, and has a hook that keeps what it returned."""
+
+    _grid = None
+
+    def __init__(self):
+        super().__init__()
+        self._calls, self.seen = 0, {}
+        self.register_forward_hook(lambda _, __, out: self.seen.update(out=out.detach()))
+
+    def forward(self, x):
+        self._calls += 1
+        if self._grid is None:
+            self._grid = torch.linspace(1, 2, 3, dtype=D)
+        return self._grid * x
+
+
+def test_what_functions_make_and_keep_is_no_tensor_of_the_trace():
+    module = Lazy()
+    layer = ddn.DeclarativeLayer(
+        ddn.Problem({"u": (3,)}, {"x": (3,)}, lambda u, x: (u - module(x)).square().sum())
+    )
+    expected = torch.linspace(1, 2, 3, dtype=D) * X
+    torch.testing.assert_close(layer(X), expected)
+    torch.testing.assert_close(module(X), expected)  # its own grid is one of numbers
+    calls = module._calls
+    layer(X)
+    assert module._calls == calls  # no new trace
+
+
+def test_a_call_before_the_trace_leaves_counters_of_modules_alone():
+    norm = nn.BatchNorm1d(3, dtype=D)
+    with pytest.raises(ddn.TraceError, match="num_batches_tracked"):
+        ddn.solve(distance(lambda: norm(torch.eye(3, dtype=D))[0]), {"x": X})
+    assert (norm.running_mean == 0).all()
+
+
+def test_private_attributes_that_a_function_of_the_file_reads_are_seen():
+    model = Gained(2.0)
+    problem = distance(lambda: private_gain(model))
+    assert seen(problem) == pytest.approx(2)
+    model._gain = 9.0
+    assert seen(problem) == pytest.approx(9)
+
+
+def private_gain(model):
+    return model._gain

@@ -865,3 +865,43 @@ def test_the_bordered_matrices_of_a_sparse_batch_are_made_once(monkeypatch: pyte
     x = torch.randn(6, 250, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert ddn.solve(problem, {"x": x}, solver="casadi:ipopt").converged.all()
     assert len(made) == 1
+
+
+@pytest.mark.filterwarnings("ignore::ddn_solvers.DegeneracyWarning")
+@pytest.mark.parametrize("n", [1, 8, 9, 20])
+def test_minima_that_are_flat_in_all_variables_have_no_derivative(n: int) -> None:
+    """Of sum (u - 1)^4: curvature of 1e-13 in all of them has nothing to be compared with."""
+    problem = ddn.Problem({"u": (n,)}, {"c": (n,)}, lambda u, c: ((u - 1) ** 4).sum() + c @ u)
+    start = torch.full((n,), 1.5, dtype=D)
+    solution = ddn.solve(problem, {"c": torch.zeros(n, dtype=D)}, initial=start)
+    assert not solution.certificate.ok
+
+
+@pytest.mark.filterwarnings("ignore::ddn_solvers.DegeneracyWarning")
+@pytest.mark.parametrize("solver", ["auto", "casadi:ipopt", "scipy:SLSQP", "newton"])
+@pytest.mark.parametrize("seed", range(3))
+def test_rounding_in_multipliers_is_no_curvature(seed: int, solver: str) -> None:
+    """min u_0 >= 1, other variables tied by nonlinear equations that the objective does not press on: no saddle."""
+    n, m = 12, 4
+    generator = torch.Generator().manual_seed(seed)
+    M, t = (
+        torch.randn(m, n - 1, generator=generator, dtype=D),
+        torch.rand(n - 1, generator=generator, dtype=D),
+    )
+
+    def rows(u: torch.Tensor) -> torch.Tensor:
+        v = u[1:]
+        return M @ v + 0.5 * (v * v.roll(1))[:m] + u[0] * v[:m].sin()
+
+    right = rows(torch.cat([torch.ones(1, dtype=D), t]))
+    least = torch.tensor([1.0] + [-5.0] * (n - 1), dtype=D)
+    problem = ddn.Problem(
+        {"u": (n,)},
+        {"r": (m,)},
+        lambda u: u[0],
+        equality={"e": lambda u, r: rows(u) - right - r},
+        bounds={"u": (least, 5.0)},
+    )
+    start = torch.cat([torch.full((1,), 1.5, dtype=D), t + 0.1])
+    solution = ddn.solve(problem, {"r": torch.zeros(m, dtype=D)}, initial=start, solver=solver)
+    assert solution["u"][0] == 1.0

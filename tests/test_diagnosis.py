@@ -260,3 +260,41 @@ def test_a_cost_that_is_a_parameter_and_zero(seed: int, solver: str) -> None:
     assert by_c.abs().max() < 1e-12
     slope = torch.func.jacrev(F)(s["x"].detach())
     torch.testing.assert_close(by_r, torch.linalg.solve(slope.mT, torch.ones(10, dtype=D)))
+
+
+@pytest.mark.parametrize("solver", ["auto", "casadi:ipopt", "newton"])
+def test_equations_that_contradict_each_other_are_not_solved_where_they_are_steep(solver: str) -> None:
+    """Meyer's data (NIST MGH10) as equations: where exponentials run off any violation is a tiny distance."""
+    u = torch.linspace(50, 125, 16, dtype=D)
+    data = [
+        34780,
+        28610,
+        23650,
+        19630,
+        16370,
+        13720,
+        11540,
+        9744,
+        8261,
+        7030,
+        6005,
+        5147,
+        4427,
+        3820,
+        3307,
+        2872,
+    ]
+    problem = ddn.Problem(
+        {"x": (3,)},
+        {"y": (16,)},
+        lambda x: 0 * x.sum(),
+        equality={"e": lambda x, y: x[0] * torch.exp(x[1] / (u + x[2])) - y},
+    )
+    for start in ([0.02, 4000.0, 250.0], [1.0, 1.0, 1.0]):
+        with pytest.raises(ddn.SolveError):
+            ddn.solve(
+                problem,
+                {"y": torch.tensor(data, dtype=D)},
+                initial=torch.tensor(start, dtype=D),
+                solver=solver,
+            )

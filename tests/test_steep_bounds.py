@@ -146,3 +146,79 @@ def test_a_bound_beyond_which_a_function_has_no_value_is_regular(power):
     torch.testing.assert_close(s["u"], torch.tensor([at, 0.0, 0.0], dtype=D))
     (slope,) = torch.autograd.grad(s["u"].sum(), x)
     torch.testing.assert_close(slope, torch.tensor([at / (power - 1), 0.0, 0.0], dtype=D))
+
+
+@pytest.mark.parametrize("solver", ["auto", "casadi:ipopt"])
+@pytest.mark.parametrize("seed", range(3))
+def test_many_probabilities(seed, solver):
+    """Multipliers that an interior point method leaves on bounds that do not hold balanced the forces: no step was taken."""
+    problem = ddn.Problem(
+        {"p": (60,)},
+        {"x": (60,)},
+        lambda p, x: (p * p.log()).sum() - x @ p,
+        equality={"sum": lambda p: p.sum() - 1},
+        bounds={"p": (0.0, None)},
+    )
+    x = 3 * torch.randn(60, generator=torch.Generator().manual_seed(seed), dtype=D)
+    start = torch.full((60,), 1 / 60, dtype=D)
+    s = check(problem, {"x": x}, lambda x: x.softmax(0), solver, start)
+    assert s.certificate.ok
+
+
+def test_a_barrier_far_from_its_bound_in_map_coordinates():
+    """The same: a point good to 1e-6 of 1e4 was left as it was, and its gradient was off by 1e-3."""
+    b = torch.tensor([-3.0, 0.5, 4.0], dtype=D)
+    problem = ddn.Problem(
+        {"u": (3,)},
+        {"b": (3,)},
+        lambda u, b: (-100 * (u - 1e4).log() - b * (u - 1e4) + 0.5 * (u - 1e4).square()).sum(),
+        bounds={"u": (1e4, None)},
+    )
+
+    def solution(b):  # t - b = 100 / t
+        return 1e4 + (b + (b.square() + 400).sqrt()) / 2
+
+    start = torch.full((3,), 1e4 + 5, dtype=D)
+    s = check(problem, {"b": b}, solution, "auto", start, 1e-7)
+    assert s.certificate.ok
+    assert (s.dual.lower["u"] == 0).all()
+
+
+@pytest.mark.parametrize("solver", ["auto", "casadi:ipopt", "scipy:trust-constr"])
+@pytest.mark.parametrize(("weight", "b"), [(1e-3, -0.1), (1e-3, -3.0), (1e-4, -0.6), (1e-2, -3.0)])
+def test_entropies_whose_weight_is_too_small_to_hold_a_number_off_zero(weight, b, solver):
+    """u = exp(b / w - 1) is below any number here: the bound holds it, as near as the slope has a value."""
+    problem = ddn.Problem(
+        {"u": (2,)},
+        {"b": (2,)},
+        lambda u, b: (weight * u * u.log() - b * u + 0.5 * u.square()).sum(),
+        bounds={"u": (0.0, None)},
+    )
+    given = torch.tensor([2.0, b], dtype=D, requires_grad=True)
+    s = ddn.solve(problem, {"b": given}, solver=solver, initial=torch.ones(2, dtype=D))
+    u = s["u"].detach()
+    assert u[1] < 1e-29
+    assert abs(weight * (u[0].log() + 1) - 2 + u[0]) < 1e-9
+    (slope,) = torch.autograd.grad(s["u"].sum(), given)
+    torch.testing.assert_close(slope, torch.stack([1 / (1 + weight / u[0]), 0 * u[0]]))
+
+
+@pytest.mark.parametrize("solver", ["auto", "newton", "casadi:ipopt", "scipy:SLSQP"])
+def test_a_power_whose_slope_has_no_value_at_the_bound(solver):
+    """u sqrt(u), as people write u^1.5: its slope at zero is 0 times infinity, and leads nowhere."""
+    problem = ddn.Problem(
+        {"u": (3,)}, {"x": (3,)}, lambda u, x: (u * u.sqrt()).sum() - x @ u, bounds={"u": (0.0, None)}
+    )
+    x = torch.tensor([1.0, -1.0, -2.0], dtype=D)
+    s = ddn.solve(problem, {"x": x}, solver=solver, initial=torch.ones(3, dtype=D))
+    torch.testing.assert_close(s["u"], torch.tensor([4 / 9, 0.0, 0.0], dtype=D), rtol=0, atol=1e-9)
+    torch.testing.assert_close(s.dual.lower["u"], torch.tensor([0.0, 1.0, 2.0], dtype=D))
+    assert s.certificate.ok
+
+
+@pytest.mark.parametrize("largest", [45.0, 80.0])
+def test_the_certificate_of_a_probability_of_nothing(largest):
+    x = torch.linspace(0, largest, 4, dtype=D)
+    s = check(SOFTMAX, {"x": x}, lambda x: x.softmax(0), "auto", torch.full((4,), 0.25, dtype=D))
+    assert s.certificate.ok
+    assert s.certificate.condition < 1e6

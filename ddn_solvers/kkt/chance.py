@@ -41,21 +41,24 @@ def unsettled(
     found = np.zeros(len(singular), dtype=bool)
     if evaluation.program.quadratic:
         return found
+    solved = computable(evaluation) & (evaluation.scaled_feasibility <= policy.accuracy) & ~singular
+    if not solved.any():
+        return found
+    farther = _farther(evaluation, active, predicted, policy)
     curved = evaluation.H.absolute.times(evaluation.own_size) * evaluation.own_size
     curved = np.where(active.fixed | (curved == 0), np.inf, curved)
-    flat = curved.min(axis=1, initial=np.inf) < _FAINT * evaluation.force[:, 0]
-    flat |= active.n <= _FEW  # all of them may be flat at once, with nothing to compare them with
-    solved = computable(evaluation) & (evaluation.scaled_feasibility <= policy.accuracy) & ~singular
-    doubtful = np.flatnonzero((flat | (condition > 1 / _FAINT)) & solved)
-    if not doubtful.size:
+    doubtful = curved.min(axis=1, initial=np.inf) < _FAINT * evaluation.force[:, 0]
+    # All of them may be flat at once, with nothing to compare them with: then H is another farther off.
+    H = evaluation.H.nonzeros
+    differs = np.abs(evaluation.functions.hessian(farther, evaluation.inputs, evaluation.point.y) - H)
+    doubtful |= differs.max(axis=1, initial=0.0) > _OTHER * np.abs(H).max(axis=1, initial=0.0)
+    some = np.flatnonzero((doubtful | (active.n <= _FEW) | (condition > 1 / _FAINT)) & solved)
+    if not some.size:
         return found
-    here = evaluation.take(doubtful)
-    sign = np.sign(without_symmetry(active.n))
-    far = np.clip(_FARTHER * predicted[doubtful], _EXACT, policy.accuracy)[:, None]
-    way = np.where(active.fixed[doubtful], 0.0, here.size * here.narrowing * sign)
-    moved = replace(here.point, z=here.point.z + far * way)
+    here = evaluation.take(some)
+    moved = replace(here.point, z=farther[some])
     there = here.at_known(moved, Evaluation.at(here.program, here.bound, moved).first)
-    system = kkt_system(here, active.take(doubtful), linear_solver=policy.linear_solver)
+    system = kkt_system(here, active.take(some), linear_solver=policy.linear_solver)
     n, force, reach = active.n, here.force, here.reach
     v, vector = np.zeros_like(here.size), without_symmetry(n + reach.shape[1])
     x, t = _solved(system, vector[:n] * force / here.size, vector[n:] * reach, v)
@@ -65,8 +68,18 @@ def unsettled(
         np.abs(np.concatenate([x / here.size, t * reach / force], axis=1)).max(axis=1)
         for x, t in ((x, t), change)
     )
-    found[doubtful] = after > _OTHER * before
+    found[some] = after > _OTHER * before
     return found
+
+
+def _farther(evaluation: Evaluation, active: ActiveSet, predicted: Array, policy: Policy) -> Array:
+    """Points farther off than the solution can be by the predicted step, on the same side of all bounds, (B, n)."""
+    z, bound = evaluation.point.z, evaluation.bound
+    far = np.clip(_FARTHER * predicted, _EXACT, policy.accuracy)[:, None]
+    step = far * evaluation.size * evaluation.narrowing * np.sign(without_symmetry(active.n))
+    step = np.where(active.fixed, 0.0, step)
+    outside = (z + step < bound.lower) | (z + step > bound.upper)
+    return z + np.where(outside, -step, step)
 
 
 def without_pull(evaluation: Evaluation, active: ActiveSet, gone: Mask) -> Evaluation:

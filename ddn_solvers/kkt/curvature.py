@@ -31,7 +31,7 @@ from ddn_solvers.kkt.operator import DENSE_LIMIT, Bordered, Sparse, large_and_sp
 from ddn_solvers.kkt.packing import Packing, pick
 from ddn_solvers.kkt.system import System
 from ddn_solvers.lowering.pattern import Matrices
-from ddn_solvers.residuals import Evaluation
+from ddn_solvers.residuals import EPSILON, Evaluation
 
 _CLEARLY = 1e-7  # relative to the largest entry of H: below it, an eigenvalue may be rounding
 _RHO = 1e3  # weight of the active rows, relative to H
@@ -111,8 +111,7 @@ def curvature(evaluation: Evaluation, active: ActiveSet) -> Curvature:
     counted = singular > DEPENDENT * np.maximum(singular.max(axis=1, keepdims=True, initial=0.0), 1.0)
     null = np.where(counted[:, :, None], 0.0, right)  # but for the right singular vectors that span the rows
     reduced = null @ free @ null.transpose(0, 2, 1)
-    norm = np.abs(hessian).max(axis=(1, 2), initial=0.0)
-    unit = np.where(norm > 0, norm, 1.0)
+    unit = _unit_of(hessian, evaluation)
     above = np.where(counted, 2.0 * n, 0.0)  # lifts the directions that do not count out of the way
     reduced = reduced / unit[:, None, None] + above[:, :, None] * np.eye(counted.shape[1])
     smallest = np.linalg.eigvalsh(reduced).min(axis=1, initial=np.inf)
@@ -195,6 +194,12 @@ def _size(evaluation: Evaluation) -> Array:
     """Sizes of the variables, the largest one: ones unless their units differ by far, or curvature at a bound, (B, n)."""
     size: Array = evaluation.size * evaluation.narrowing / evaluation.size.max(axis=1, keepdims=True)
     return size
+
+
+def _unit_of(hessian: Array, evaluation: Evaluation) -> Array:
+    """By which curvature is measured, (B,): the largest, unless it is rounding beside the forces."""
+    norm = np.maximum(np.abs(hessian).max(axis=(1, 2), initial=0.0), EPSILON * evaluation.force[:, 0])
+    return np.where(norm > 0, norm, 1.0)
 
 
 def _normalised(evaluation: Evaluation, size: Array) -> Array:

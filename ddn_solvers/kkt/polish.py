@@ -81,7 +81,7 @@ class Polished:
 
 def kkt_system(evaluation: Evaluation, active: ActiveSet, **options: Any) -> System:
     """The KKT system at a batch of points, for the active set ``active``."""
-    narrowing = torch.from_numpy(evaluation.narrowing) if evaluation.repelled.any() else None
+    narrowing = torch.from_numpy(evaluation.narrowing) if evaluation.curvature_is_local else None
     return System(
         evaluation.H,
         evaluation.J,
@@ -102,8 +102,9 @@ def polish(
         tentative: The points are guesses: give up those whose KKT matrix is singular, or whose active set does
             not settle soon.
     """
-    best = _without_slack_forces(_unforced(without_cancellation(Evaluation.at(program, bound, start))))
+    best = _unforced(without_cancellation(_at_edges(Evaluation.at(program, bound, start))))
     working = identify(best, 0.0)
+    best = _without_idle_multipliers(best, working)
     newton = _Newton(_where_finite(best, settled(best, working)), working, policy, tentative)
     for _ in range(_MAX_STEPS):
         if not newton.open.any():
@@ -121,23 +122,38 @@ def _unforced(evaluation: Evaluation) -> Evaluation:
     return evaluation.at_known(replace(point, **sides), evaluation.first)
 
 
-def _without_slack_forces(evaluation: Evaluation) -> Evaluation:
-    """The points without multipliers of inequalities that have slack, where these would be felt.
+def _at_edges(evaluation: Evaluation) -> Evaluation:
+    """The points off the bounds on which they lie and the slope has no value."""
+    z, (lower, upper) = evaluation.point.z, evaluation.edges
+    inside = np.clip(z, lower, np.maximum(lower, upper))
+    if np.array_equal(inside, z):
+        return evaluation
+    return evaluation.moved(replace(evaluation.point, z=inside))
 
-    At u = 0, where |u| <= 1 has no gradient, such a multiplier would hold u and be seen nowhere; and in H it makes every
-    step short, so that a point far inside of a small ball would look like a solution.
+
+def _without_idle_multipliers(evaluation: Evaluation, working: ActiveSet) -> Evaluation:
+    """The points without multipliers of what the working set does not hold.
+
+    Those of bounds that an interior point method leaves balance forces as if they held: a step that drops them would look
+    like a loss. Of rows they are dropped where they would be felt. At u = 0, where |u| <= 1 has no gradient, one would
+    hold u and be seen nowhere; and in H it makes every step short, so that a point far inside of a small ball would look
+    like a solution.
     """
-    program, point = evaluation.program, evaluation.point
-    if program.quadratic:
-        return evaluation
-    idle = ~identify(evaluation, 0.0).constraints & (point.y != 0)
+    program, point, fixed = evaluation.program, evaluation.point, fixed_by_bounds(evaluation)
+    lower = np.where(working.lower | fixed, point.lower, 0.0)
+    upper = np.where(working.upper | fixed, point.upper, 0.0)
+    idle = ~working.constraints & (point.y != 0)
     idle[:, program.constraints :] = False
-    if program.pieces is None:
+    if program.quadratic:
+        idle[:] = False
+    elif program.pieces is None:
         idle &= np.abs(point.y) * evaluation.reach > _FELT * evaluation.force
-    if not idle.any():
+    if idle.any():
+        point = replace(point, y=np.where(idle, 0.0, point.y), lower=lower, upper=upper)
+        return Evaluation(program, evaluation.bound, point, evaluation.first)
+    if np.array_equal(lower, point.lower) and np.array_equal(upper, point.upper):
         return evaluation
-    point = replace(point, y=np.where(idle, 0.0, point.y))
-    return Evaluation(program, evaluation.bound, point, evaluation.first)
+    return evaluation.with_bounds_pushing(lower, upper)
 
 
 @dataclass(frozen=True)
@@ -290,7 +306,7 @@ class _Step:
 def _newton_step(here: Evaluation, active: ActiveSet, system: System) -> _Step:
     y = np.where(active.constraints, here.point.y, 0.0)
     forces = Evaluation(here.program, here.bound, replace(here.point, y=y), here.first).constraint_forces
-    target = np.where(active.lower, here.bound.lower, here.bound.upper)
+    target = np.where(active.lower, *here.edges)
     step = system.solve(
         torch.from_numpy(-forces),
         torch.from_numpy(-here.first.constraints),

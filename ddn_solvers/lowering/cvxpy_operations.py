@@ -1041,7 +1041,8 @@ def _scaled(context: Context, factors: Sequence[Any], term: Tensor) -> Tensor:
 def _quadratic_einsum(context: Context, node: fx.Node) -> Tensor | None:
     inputs, _, output = str(node.args[0]).replace(" ", "").partition("->")
     labels, operands = inputs.split(","), list(node.args[1])  # type: ignore[arg-type]  # fx types arguments loosely
-    if not output and len(labels) == 2 and labels[0] == labels[1] and _same_value(*operands):
+    alike = len(labels) == 2 and labels[0] == labels[1] and len(set(labels[0])) == len(labels[0])
+    if not output and alike and _same_value(*operands):
         return make(cp.sum_squares(context.value(operands[0]).expression), ())
     if output or len(labels) != 3 or sorted(map(len, labels)) != [1, 1, 2]:
         return None
