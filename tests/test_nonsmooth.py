@@ -1108,11 +1108,6 @@ def test_bends_of_other_operations_are_one_sided(name):
     assert not found.certificate.ok
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="each |u| is a kink of its own; that their weights cancel is not seen",
-)
 def test_kinks_that_cancel_are_smooth():
     """The 'fair' loss |u| - log(1 + |u|) has the second derivative 1 / (1 + |u|)^2."""
     zero = torch.zeros(3, dtype=D)
