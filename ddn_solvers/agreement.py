@@ -17,15 +17,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 if TYPE_CHECKING:
     from ddn_solvers.program import Program
 
-_CLOSE, _ROUNDING = 1e-4, 1e-8  # relative to the largest entry, and what cancelled terms may leave
-_COMPARED = (
-    "objective",
-    "constraints",
-    "lower bounds",
-    "upper bounds",
-    "objective's pieces",
-    "constraints' pieces",
-)
+# Relative to the largest entry, and what terms that cancel may leave.
+_CLOSE, _ROUNDING = 1e-4, 1e-8
+_BOUNDS = ("lower bounds", "upper bounds")
+_COMPARED = ("objective", "constraints", *_BOUNDS, "objective's pieces", "constraints' pieces")
 
 
 def disagreement(program: Program) -> str:

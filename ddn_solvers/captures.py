@@ -210,9 +210,8 @@ def find_captures(problem: Problem) -> Captures:
     first_walk = _Walk(set())
     for _ in _walk_problem(problem, first_walk):
         pass
-    walk = _Walk(
-        first_walk.names
-    )  # which private attributes count depends on what functions refer to, wherever they are
+    # Which private attributes count depends on what the functions refer to, wherever they are.
+    walk = _Walk(first_walk.names)
     for accessor, value, in_module in _walk_problem(problem, walk):
         is_input = isinstance(value, torch.Tensor) and _is_input(value, in_module)
         if is_input:

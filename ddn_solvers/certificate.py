@@ -19,9 +19,8 @@ from ddn_solvers.policy import Policy
 from ddn_solvers.program import Program
 from ddn_solvers.residuals import Evaluation
 
-_INEXACT = (
-    1e-6  # relative residual of the adjoint system from which on its solution is not what was asked for
-)
+# Relative residual of the adjoint system from which on its solution is not what was asked for.
+_INEXACT = 1e-6
 _SHOWN = 5  # names of active constraints listed in a report
 
 

@@ -38,9 +38,8 @@ _CANCELLED = 1e3 * EPSILON  # of the terms of a difference, what may be their ro
 _SMALLEST = 1e-9  # size of the variables relative to 1 that may not be rounding
 _NOTHING = 1e-7  # relative size of the forces that meet in a row below which they are not told apart: with the accuracy, rounding
 _ROUNDING = 1e-13  # relative force that counts as none
-BEYOND: Final = (
-    1e2  # force of a multiplier, relative to those of the objective, from which on its row may be vanishing
-)
+# Force of a multiplier, relative to those of the objective, from which on its row may be vanishing.
+BEYOND: Final = 1e2
 # How far inside of a bound at which the slope has no value the edge is, relative to the bound and at least.
 _ULPS, _INSIDE = 1e-15, 1e-30
 _CLOSE = 1e-2  # to a bound, relative to max(1, |z|): how far in it is looked whether curvature lasts

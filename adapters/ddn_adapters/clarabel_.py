@@ -188,11 +188,8 @@ def _solved(
     n, zero = len(q), frame.equalities
     cones = [clarabel.ZeroConeT(zero), clarabel.NonnegativeConeT(len(r) - zero)]
     triangle, rows = sp.csc_matrix(P, shape=(n, n)), sp.csc_matrix(M, shape=(len(r), n))
-    for matrix in (
-        triangle,
-        rows,
-    ):  # a dense parameter may be mostly zero, and the factorization looks at the pattern
-        matrix.eliminate_zeros()
+    for matrix in (triangle, rows):
+        matrix.eliminate_zeros()  # a dense parameter may be mostly zero, and the factorization looks at the pattern
     found = clarabel.DefaultSolver(triangle, q, rows, r, cones, settings).solve()
     said = str(found.status)
     status, z = _STATUS.get(said, Status.NUMERICAL_ERROR), np.array(found.x, dtype=float)

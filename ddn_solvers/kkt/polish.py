@@ -32,10 +32,8 @@ _SIGN = 1e-11  # scaled slack or multiplier that counts as negative
 # How many sides may join or leave the active set in each step of a tentative sample: a share of those of the step before,
 # or so few. Measured on bounded regulators and smoothed signals: what settles more slowly takes longer than a solver.
 _SETTLING, _FEW = 0.5, 8
-_LONG, _GROWTH = (
-    0.5,
-    20.0,
-)  # step relative to the slack of a bound that repels, and the largest change of its logarithm
+# Step relative to the slack of a bound that repels, and the largest change of its logarithm.
+_LONG, _GROWTH = 0.5, 20.0
 
 
 @dataclass(frozen=True)
