@@ -195,7 +195,7 @@ def certify(
             torch.from_numpy(active.constraints),
             torch.from_numpy(active.fixed),
             linear_solver=policy.linear_solver,
-            narrowing=torch.from_numpy(here.narrowing) if here.curvature_is_local else None,
+            narrowing=torch.from_numpy(here.steep.narrowing) if here.steep.any else None,
         )
         bent = curvature(here, active)
     one_sided, error = active.weak.any(axis=1), system.error().numpy()

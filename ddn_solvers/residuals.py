@@ -26,8 +26,9 @@ import numpy as np
 
 from ddn_solvers.arrays import Array, Index, Mask, unit_without_symmetry
 from ddn_solvers.evaluators import Coefficients, Evaluators, FirstOrder
-from ddn_solvers.lowering.pattern import Matrices, Pattern
+from ddn_solvers.lowering.pattern import Matrices
 from ddn_solvers.program import Program
+from ddn_solvers.steep import SteepBounds, of_variables
 from ddn_solvers.units import FLAT, units_of
 
 # What of an evaluation depends on the matrices of an LP or QP alone, and not on the point.
@@ -40,9 +41,6 @@ _NOTHING = 1e-7  # relative size of the forces that meet in a row below which th
 _ROUNDING = 1e-13  # relative force that counts as none
 # Force of a multiplier, relative to those of the objective, from which on its row may be vanishing.
 BEYOND: Final = 1e2
-# How far inside of a bound at which the slope has no value the edge is, relative to the bound and at least.
-_ULPS, _INSIDE = 1e-15, 1e-30
-_CLOSE = 1e-2  # to a bound, relative to max(1, |z|): how far in it is looked whether curvature lasts
 _NEAR_ZERO = 1e-3  # of the length of a vector relative to what it can become
 _VANISHING = 1e-2  # of the change of a row's gradient over a hundredth of the point's size
 
@@ -131,9 +129,7 @@ class Evaluation:
     def with_bounds_pushing(self, lower: Array, upper: Array) -> Evaluation:
         """The same points with other multipliers of the bounds, which no derivative depends on."""
         there = self.at_known(replace(self.point, lower=lower, upper=upper), self.first)
-        there.__dict__.update(
-            {name: getattr(self, name) for name in ("J", "_second", "_curvature_farther_in")}
-        )
+        there.__dict__.update({name: getattr(self, name) for name in ("J", "_second", "steep")})
         return there
 
     def tame(self) -> Evaluation:
@@ -180,8 +176,8 @@ class Evaluation:
         matrices = self._second
         rows = matrices.absolute.times(self.own_size) * self.own_size
         lasting = rows
-        if self._local.any():
-            lasting = self._lasting.absolute.times(self.own_size) * self.own_size
+        if self.steep.any:
+            lasting = self.steep.lasting.absolute.times(self.own_size) * self.own_size
         curved = rows > FLAT * _largest(lasting)[:, None]
         if not self.program.quadratic:  # multipliers that are rounding bend rows
             curved &= rows > EPSILON * self._strength
@@ -194,7 +190,7 @@ class Evaluation:
         Close to where a row's gradient vanishes, as those of complementarity do, multipliers grow without limit and the
         curvature that they make with them: beside that any force would look small.
         """
-        H, y = self._lasting.absolute, self.point.y
+        H, y = self.steep.lasting.absolute, self.point.y
         if self.program.affine_constraints and self.program.pieces is None:
             return H
         beyond = _largest(y * self.reach) > BEYOND * self._strength[:, 0]
@@ -212,88 +208,14 @@ class Evaluation:
         if not np.isfinite(nonzeros).all():
             # As that of u^1.5 at the bound u = 0, which fixes u: what curves there moves nothing.
             z, bound = self.point.z, self.bound
-            held = _of_variables((z == bound.lower) | (z == bound.upper), pattern)
+            held = of_variables((z == bound.lower) | (z == bound.upper), pattern)
             nonzeros = np.where(held & ~np.isfinite(nonzeros), 0.0, nonzeros)
         return Matrices(pattern, nonzeros)
 
     @cached_property
-    def _local(self) -> Mask:
-        """Variables close to a bound, as that of u log u at zero, whose curvature is much less a little farther in, (B, n)."""
-        return self._curvature_farther_in[0]
-
-    @property
-    def curvature_is_local(self) -> bool:
-        """Whether that of some variable is: see ``narrowing``."""
-        return bool(self._local.any())
-
-    @cached_property
-    def edges(self) -> tuple[Array, Array]:
-        """How near to its bounds a variable comes, (B, n) each: to themselves, unless no slope is finite there."""
-        (lower, upper), (open_lower, open_upper) = (self.bound.lower, self.bound.upper), self._open
-        if not (open_lower.any() or open_upper.any()):
-            return lower, upper
-        inside = np.maximum(_INSIDE, _ULPS * np.abs(lower)), np.maximum(_INSIDE, _ULPS * np.abs(upper))
-        return np.where(open_lower, lower + inside[0], lower), np.where(open_upper, upper - inside[1], upper)
-
-    @cached_property
-    def _open(self) -> tuple[Mask, Mask]:
-        """Lower and upper bounds at which the slope has no value, as that of u log u and of u sqrt(u) at zero."""
-        local, z, bound = self._local, self.point.z, self.bound
-        at_lower = local & (z - bound.lower <= bound.upper - z)
-        if not local.any():
-            return at_lower, at_lower
-        nearest = np.where(at_lower, bound.lower, bound.upper)
-        there = replace(self.point, z=np.where(local, nearest, z))
-        slope = Evaluation.at(self.program, bound, there).first.gradient
-        undefined = local & ~np.isfinite(slope)
-        return undefined & at_lower, undefined & ~at_lower
-
-    @cached_property
-    def repelled(self) -> Mask:
-        """Variables that such a bound cannot hold, since the slope leads away from its edge: that of u log u, (B, n)."""
-        open_lower, open_upper = self._open
-        found = open_lower | open_upper
-        if not found.any():
-            return found
-        at_edge = np.where(open_lower, self.edges[0], np.where(open_upper, self.edges[1], self.point.z))
-        there = Evaluation.at(self.program, self.bound, replace(self.point, z=at_edge)).constraint_forces
-        return found & np.where(open_lower, there < 0, there > 0)
-
-    @cached_property
-    def narrowing(self) -> Array:
-        """Factors of the variables' sizes that make curvature at a bound what it is a little farther in, (B, n)."""
-        if not self._local.any():
-            return np.ones_like(self.point.z)
-        here, farther = (np.abs(H.diagonal()) for H in (self._second, self._lasting))
-        narrow = self._local & (here > 0)
-        return np.where(narrow, np.sqrt(farther / np.where(narrow, here, 1.0)), 1.0)
-
-    @cached_property
-    def _lasting(self) -> Matrices:
-        """H with that much less in its place, by which forces and units are measured: at the bound it has no limit."""
-        return self._curvature_farther_in[1]
-
-    @cached_property
-    def _curvature_farther_in(self) -> tuple[Mask, Matrices]:
-        H, z = self._second, self.point.z
-        none = np.zeros(z.shape, dtype=bool)
-        if self.bound.coefficients is not None or self.program.quadratic:
-            return none, H
-        own, slack = np.maximum(1.0, np.abs(z)), (z - self.bound.lower, self.bound.upper - z)
-        steep = np.abs(H.diagonal()) > BEYOND * _largest(self.first.gradient)[:, None]
-        steep |= (slack[0] == 0) | (slack[1] == 0)
-        near = (np.minimum(*slack) <= _CLOSE * own) & steep
-        if not near.any():
-            return none, H
-        inward = np.where(slack[0] <= slack[1], 1.0, -1.0) * np.minimum(_CLOSE * own, np.add(*slack) / 2)
-        there = np.where(near, z + np.where(near, inward, 0.0), z)
-        farther = H.map(lambda _: self.functions.hessian(there, self.inputs, self.point.y))
-        local = near & (np.abs(H.diagonal()) > BEYOND * np.abs(farther.diagonal()))
-        local |= near & (H.diagonal() == 0)  # as of u^1.5 where it is held at zero
-        if not local.any():
-            return none, H
-        of_local = _of_variables(local, H.pattern)
-        return local, H.map(lambda here: np.where(of_local, farther.nonzeros, here))
+    def steep(self) -> SteepBounds:
+        """What the points have to do with bounds at which curvature has no limit."""
+        return SteepBounds(self, self._second)
 
     @property
     def jacobian(self) -> Array:
@@ -518,7 +440,7 @@ class Evaluation:
 
     @cached_property
     def _units_of_variables(self) -> Array | None:
-        return units_of(self._lasting, self.J)
+        return units_of(self.steep.lasting, self.J)
 
     @cached_property
     def reference(self) -> Array:
@@ -604,13 +526,13 @@ class Evaluation:
         on the way to the bound; without limit where the slope has none.
         """
         found: Array = self.slack / np.maximum(self._units, _TINY)
-        if self._local.any():
+        if self.steep.any:
             n = self.point.z.shape[1]
-            steep = np.where(self._local, np.abs(self._second.diagonal()), 0.0) * self.size / self.force
+            steep = np.where(self.steep.local, np.abs(self._second.diagonal()), 0.0) * self.size / self.force
             forces = np.where(np.isfinite(self.slack[:, -2 * n :]), self.slack[:, -2 * n :], 0.0)
-            held = np.concatenate(self._open, axis=1)  # as far as its edge
+            held = np.concatenate(self.steep.open, axis=1)  # as far as its edge
             forces = np.where(held, 0.0, forces * np.tile(steep, 2))
-            forces = np.where(np.tile(self.repelled, 2), 1.0, forces)
+            forces = np.where(np.tile(self.steep.repelled, 2), 1.0, forces)
             found[:, -2 * n :] = np.maximum(found[:, -2 * n :], forces)
         return found
 
@@ -662,12 +584,6 @@ class Evaluation:
         return np.maximum.reduce(
             [self.scaled_stationarity, self.scaled_feasibility, self.scaled_complementarity]
         )
-
-
-def _of_variables(chosen: Mask, pattern: Pattern) -> Mask:
-    """Nonzeros of a matrix in the row or column of a chosen variable, (B, n) -> (B, nnz)."""
-    found: Mask = chosen[:, pattern.indices] | chosen[:, pattern.columns]
-    return found
 
 
 def _inputs(bound: Bound, point: PrimalDual) -> tuple[Array, ...]:

@@ -76,7 +76,7 @@ def _farther(evaluation: Evaluation, active: ActiveSet, predicted: Array, policy
     """Points farther off than the solution can be by the predicted step, on the same side of all bounds, (B, n)."""
     z, bound = evaluation.point.z, evaluation.bound
     far = np.clip(_FARTHER * predicted, _EXACT, policy.accuracy)[:, None]
-    step = far * evaluation.size * evaluation.narrowing * np.sign(without_symmetry(active.n))
+    step = far * evaluation.size * evaluation.steep.narrowing * np.sign(without_symmetry(active.n))
     step = np.where(active.fixed, 0.0, step)
     outside = (z + step < bound.lower) | (z + step > bound.upper)
     return z + np.where(outside, -step, step)

@@ -192,7 +192,7 @@ def _surely_minimal(evaluation: Evaluation, active: ActiveSet) -> bool:
 
 def _size(evaluation: Evaluation) -> Array:
     """Sizes of the variables, the largest one: ones unless their units differ by far, or curvature at a bound, (B, n)."""
-    size: Array = evaluation.size * evaluation.narrowing / evaluation.size.max(axis=1, keepdims=True)
+    size: Array = evaluation.size * evaluation.steep.narrowing / evaluation.size.max(axis=1, keepdims=True)
     return size
 
 

@@ -79,7 +79,7 @@ class Polished:
 
 def kkt_system(evaluation: Evaluation, active: ActiveSet, **options: Any) -> System:
     """The KKT system at a batch of points, for the active set ``active``."""
-    narrowing = torch.from_numpy(evaluation.narrowing) if evaluation.curvature_is_local else None
+    narrowing = torch.from_numpy(evaluation.steep.narrowing) if evaluation.steep.any else None
     return System(
         evaluation.H,
         evaluation.J,
@@ -122,7 +122,7 @@ def _unforced(evaluation: Evaluation) -> Evaluation:
 
 def _at_edges(evaluation: Evaluation) -> Evaluation:
     """The points off the bounds on which they lie and the slope has no value."""
-    z, (lower, upper) = evaluation.point.z, evaluation.edges
+    z, (lower, upper) = evaluation.point.z, evaluation.steep.edges
     inside = np.clip(z, lower, np.maximum(lower, upper))
     if np.array_equal(inside, z):
         return evaluation
@@ -304,7 +304,7 @@ class _Step:
 def _newton_step(here: Evaluation, active: ActiveSet, system: System) -> _Step:
     y = np.where(active.constraints, here.point.y, 0.0)
     forces = Evaluation(here.program, here.bound, replace(here.point, y=y), here.first).constraint_forces
-    target = np.where(active.lower, *here.edges)
+    target = np.where(active.lower, *here.steep.edges)
     step = system.solve(
         torch.from_numpy(-forces),
         torch.from_numpy(-here.first.constraints),
@@ -324,14 +324,14 @@ def _off_bounds(here: Evaluation, z: Array) -> Array:
 
     That of u log u is solved by it at once, from whichever side, and no slack vanishes.
     """
-    if not here.repelled.any():
+    if not here.steep.repelled.any():
         return z
     before, bound = here.point.z, here.bound
     at_lower = before - bound.lower <= bound.upper - before
     slack = np.where(at_lower, before - bound.lower, bound.upper - before)
     growth = np.where(at_lower, z - before, before - z) / np.where(slack > 0, slack, 1.0)
     grown = slack * np.exp(np.clip(growth, -_GROWTH, _GROWTH))
-    long = here.repelled & (slack > 0) & (np.abs(growth) > _LONG)
+    long = here.steep.repelled & (slack > 0) & (np.abs(growth) > _LONG)
     return np.where(long, np.where(at_lower, bound.lower + grown, bound.upper - grown), z)
 
 
