@@ -25,6 +25,7 @@ from ddn_solvers.program import Program
 from ddn_solvers.residuals import Bound, Evaluation, PrimalDual
 from ddn_solvers.solution import Status
 
+_RUN_OFF = 1e15  # size of a point relative to where the search began, and to the numbers of an LP or QP
 _LEFT = 1e-2  # share of the violation at the start that a solution may have left where rows have become steep
 _FAR = 1.0  # powers of ten from one beyond which the numbers of an LP or QP are scaled, if it fails otherwise
 _TENTATIVE = 30  # iterations after which what is worth a try because it is quick is so no longer
@@ -326,31 +327,31 @@ class Search:
         return verified
 
     def _credible(self, verified: Verified, bound: Bound, samples: Index) -> Verified:
-        """Without points that violate constraints about as much as where the search began.
+        """Without points that have run off, where forces and distances prove nothing.
 
-        Where a row has become so steep that any violation is a tiny distance, as an exponential that has run off, distances
-        prove nothing.
+        As an unbounded problem's, beside whose numbers any force is small; and those that violate constraints about as much
+        as where the search began, since a row has become so steep that any violation is a tiny distance.
         """
-        if self.program.affine_constraints or not verified.optimal.any():
+        if not verified.optimal.any():
             return verified
-        accuracy, rows = self.policy.accuracy, slice(0, self.program.constraints)
-        here = verified.evaluation
-        far = _violation(here) > accuracy
-        if not (far & verified.optimal).any():
-            return verified
-        start = self._measured(bound, self._given[samples])
-        reach = start.reach[:, rows].max(axis=1, initial=0.0)
-        lost = (
-            verified.optimal
-            & far
-            & (_violation(here) > np.maximum(_LEFT * _violation(start), accuracy * reach))
-        )
-        status, reasons = list(verified.status), list(verified.reasons)
+        here, given, accuracy = verified.evaluation, self._given[samples], self.policy.accuracy
+        reasons, left = list(verified.reasons), _violation(here)
+        largest = np.abs(here.point.z).max(axis=1, initial=0.0)
+        begun = np.maximum(np.abs(given).max(axis=1, initial=0.0), here.length)
+        lost = verified.optimal & (largest > _RUN_OFF * np.maximum(begun, 1.0))
         for k in np.flatnonzero(lost):
-            status[k] = Status.NOT_A_KKT_POINT
-            reasons[k] = (
-                f"constraints are violated by {_violation(here)[k]:.1e}, about as where the search began"
-            )
+            reasons[k] = f"the point has run off, to {largest[k]:.1e}"
+        steep = verified.optimal & ~lost & (left > accuracy) & (not self.program.affine_constraints)
+        if steep.any():
+            start = self._measured(bound, given)
+            reach = start.reach[:, : self.program.constraints].max(axis=1, initial=0.0)
+            steep &= left > np.maximum(_LEFT * _violation(start), accuracy * reach)
+            for k in np.flatnonzero(steep):
+                reasons[k] = f"constraints are violated by {left[k]:.1e}, about as where the search began"
+        status = [
+            Status.NOT_A_KKT_POINT if gone else status
+            for gone, status in zip(lost | steep, verified.status, strict=True)
+        ]
         return replace(verified, status=tuple(status), reasons=tuple(reasons))
 
     def _proved(self, bound: Bound, z: Array, claim: Status) -> bool:

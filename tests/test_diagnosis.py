@@ -298,3 +298,13 @@ def test_equations_that_contradict_each_other_are_not_solved_where_they_are_stee
                 initial=torch.tensor(start, dtype=D),
                 solver=solver,
             )
+
+
+def test_a_nonconvex_qp_that_is_unbounded_is_not_solved_at_1e20() -> None:
+    """Beside numbers of 1e20 no force counted: OPTIMAL, with a stationarity of one."""
+    problem = ddn.Problem(
+        {"u": (2,)}, {"c": (2,)}, lambda u, c: c @ u + u[0] * u[1], bounds={"u": (0.0, None)}
+    )
+    policy = ddn.Policy(on_failure="mask")
+    s = ddn.solve(problem, {"c": -torch.ones(2, dtype=D)}, policy=policy)
+    assert not s.converged
