@@ -407,7 +407,7 @@ def test_every_solver_finds_the_point_and_attach_and_solve_agree(known: Known, d
     assert_vjp(gradients(attached, parameters, cotangents), known, cotangents, references)
 
 
-@examples(30)
+@examples(12)  # each takes three seconds
 @given(known_points(DECLARATIONS, ["indefinite", "saddle"]), SEEDS)
 def test_what_solve_calls_optimal_is_a_minimum_with_its_own_gradient(known: Known, seed: int) -> None:
     """From close by, a nonconvex problem may lead elsewhere: the reference is taken where it leads."""
