@@ -276,13 +276,7 @@ def as_point(answer: Any, initial: Array, equalities: int, inequalities: int) ->
         message = f"returned {type(answer).__name__}, expected a Point"
         return Point(initial, Status.BACKEND_ERROR, message=message)
     n = len(initial)
-    sizes = {
-        "primal": n,
-        "equality": equalities,
-        "inequality": inequalities,
-        "lower": n,
-        "upper": n,
-    }
+    sizes = {"primal": n, "equality": equalities, "inequality": inequalities, "lower": n, "upper": n}
     for name, size in sizes.items():
         value = getattr(answer, name)
         if np.shape(value) != (size,) and (value is not None or name == "primal"):
@@ -508,7 +502,8 @@ class Adapter(abc.ABC):
             answers = [self.attempt(batch[i]) for i in range(len(batch))]
         m, q = batch.program.equality.size, batch.program.inequality.size
         if not isinstance(answers, Sequence) or len(answers) != len(batch):
-            answers = [answers] * len(batch)
+            message = f"did not return a list of {len(batch)} points"
+            return [Point(z, Status.BACKEND_ERROR, message=message) for z in batch.initial]
         return [as_point(answer, z, m, q) for answer, z in zip(answers, batch.initial, strict=True)]
 
     def attempt(self, instance: Instance) -> Point:

@@ -14,6 +14,8 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ddn_solvers.trace import called
+
 if TYPE_CHECKING:
     from ddn_solvers.program import Program
 
@@ -26,23 +28,22 @@ _COMPARED = ("objective", "constraints", *_BOUNDS, "objective's pieces", "constr
 def disagreement(program: Program) -> str:
     """What a compiled program says otherwise than the functions that it was made of; empty if nothing."""
     generator = torch.Generator().manual_seed(0)
-    count = len(program.problem.parameters)
+    problem, graph = program.problem, program.graph
+    sizes = [program.variables.size, *(block.size for block in program.parameters[: len(problem.parameters)])]
     with _disable_current_modes(), temporarily_clear_interpreter_stack(), torch.enable_grad():
-        captured = [
-            t.detach().to("cpu", torch.float64).reshape(-1) for t in program.graph.read_captures(None)
-        ]
+        captured = [t.detach().to("cpu", torch.float64).reshape(-1) for t in graph.read_captures(None)]
         for draw in (torch.rand, torch.randn):
-            sizes = [program.variables.size, *(block.size for block in program.parameters[:count])]
             z, *given = (draw(size, generator=generator, dtype=torch.float64) for size in sizes)
-            blocks = [*given, *captured]
+            shaped = (v.reshape(shape) for v, shape in zip(given, problem.parameters.values(), strict=True))
+            named = program.variables.split(z) | dict(zip(problem.parameters, shaped, strict=True))
             try:
-                right = program.evaluate(z, blocks, declared=True)
+                right = program.stacked(z, called(graph.terms, named, graph.seen), z.new_zeros(0))
             except Exception:
                 # Where the functions have no value, as the inverse of such a matrix, none is asked for.
                 continue
             if any(isinstance(value, FakeTensor) for value in right):  # of what they kept from the trace
                 continue
-            arrays = [block.numpy() for block in blocks]
+            arrays = [block.numpy() for block in (*given, *captured)]
             said = [*program.values(z.numpy(), arrays), *program.bounds(arrays)]
             if program.pieces is not None:
                 sigma = program.pieces_at(z.numpy()[None], arrays)

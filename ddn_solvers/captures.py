@@ -388,7 +388,7 @@ class _Walk:
             yield from self._cell(name, cell, depth)
         for name, default in _defaults(function):
             yield from self.value(Accessor(name, _constant(default)), default, depth + 1)
-        for key in vars(function).keys() & self.names:  # decorators keep much there
+        for key in sorted(vars(function).keys() & self.names):  # decorators keep much there
             yield from self.value(accessor.step("attr", key), vars(function)[key], depth + 1)
         for name in sorted(names & function.__globals__.keys()):
             yield from self._global(name, function.__globals__, names, depth)

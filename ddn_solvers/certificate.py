@@ -13,7 +13,7 @@ from ddn_solvers.arrays import Mask
 from ddn_solvers.kkt.curvature import Curvature, curvature, regular_jacobian
 from ddn_solvers.kkt.linear import SINGULAR
 from ddn_solvers.kkt.multipliers import dependent_rows
-from ddn_solvers.kkt.system import System
+from ddn_solvers.kkt.polish import kkt_system
 from ddn_solvers.kkt.verify import Verified
 from ddn_solvers.policy import Policy
 from ddn_solvers.program import Program
@@ -189,14 +189,8 @@ def certify(
     evaluation, active = verified.evaluation, verified.active
     program, here = evaluation.program, evaluation.tame()
     with np.errstate(all="ignore"):
-        system = System(
-            here.H,
-            regular_jacobian(here, active),
-            torch.from_numpy(active.constraints),
-            torch.from_numpy(active.fixed),
-            linear_solver=policy.linear_solver,
-            narrowing=torch.from_numpy(here.steep.narrowing) if here.steep.any else None,
-        )
+        regular = regular_jacobian(here, active)
+        system = kkt_system(here, active, regular, linear_solver=policy.linear_solver)
         bent = curvature(here, active)
     one_sided, error = active.weak.any(axis=1), system.error().numpy()
     singular = system.singular.numpy() | verified.singular

@@ -104,15 +104,10 @@ class _Derived(Program):
         shapes = [*problem.variables.values(), *problem.parameters.values(), *graph.capture_shapes]
         return replace(graph, module=retrace(functions, shapes))
 
-    def _call_functions(
-        self,
-        variables: list[torch.Tensor],
-        blocks: list[torch.Tensor],
-        copies: Mapping[int, torch.Tensor] | None = None,
-    ) -> Any:
+    def _call_functions(self, variables: list[torch.Tensor], blocks: list[torch.Tensor]) -> Any:
         given = [*blocks[: self._extra.start], *blocks[self._extra.stop :]]
         return self._rewrite(
-            lambda own: self._base._call_functions(list(own), given, copies), variables, blocks[self._extra]
+            lambda own: self._base._call_functions(list(own), given), variables, blocks[self._extra]
         )
 
 

@@ -3,7 +3,8 @@
 Infeasible: the smallest violation of the constraints within the bounds is positive. Where they are affine, that of the
 largest one, a linear program, proves it, and its multipliers say which rows contradict each other; elsewhere it is that
 of their squares, min |(h, max(g, 0))|^2, from the last point and from one far off, and holds locally. Unbounded: a
-feasible ray along which the objective keeps falling, without end in sight.
+feasible ray along which the objective falls, which of LPs and convex QPs a linear program finds; of others one along the
+last point or the slope, without end in sight.
 """
 
 from __future__ import annotations
@@ -174,9 +175,9 @@ def _infeasible(program: Program, bound: Bound, closest: Array, blamed: Mask) ->
 
 
 def _ray(program: Program, bound: Bound) -> tuple[Status, str] | None:
-    """Of an LP or QP, a way that stays feasible, does not curve, and along which the objective falls.
+    """Of an LP or QP, a way that stays feasible, does not curve, and along which the objective falls:
 
-    min q^T d   subject to   A d = 0,  G d <= 0,  P d = 0,  -1 <= d <= 1, and 0 towards a bound
+    min q^T d   subject to   A d = 0,  G d <= 0,  P d = 0,  |d| <= 1, and not towards a finite bound.
     """
     import scipy.sparse as sp
     from scipy.optimize import linprog
@@ -190,10 +191,8 @@ def _ray(program: Program, bound: Bound) -> tuple[Status, str] | None:
     straight = sp.vstack([J[:m], H]).tocsr()
     norms = np.sqrt(straight.power(2).sum(axis=1))
     straight = (sp.diags_array(1 / np.where(norms > 0, norms, 1.0)) @ straight).tocsr()
-    low, high = (
-        np.where(np.isfinite(bound.lower[0]), 0.0, -1.0),
-        np.where(np.isfinite(bound.upper[0]), 0.0, 1.0),
-    )
+    low = np.where(np.isfinite(bound.lower[0]), 0.0, -1.0)
+    high = np.where(np.isfinite(bound.upper[0]), 0.0, 1.0)
     found = linprog(
         slope,
         A_ub=J[m:],

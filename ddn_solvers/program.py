@@ -7,7 +7,7 @@ block, (B, size) or (size,) where all samples share it. Constraints are stacked,
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -288,28 +288,27 @@ class Program(Evaluators):
         return forms
 
     def evaluate(
-        self,
-        z: torch.Tensor,
-        parameters: Sequence[torch.Tensor],
-        sigma: torch.Tensor | None = None,
-        declared: bool = False,
+        self, z: torch.Tensor, parameters: Sequence[torch.Tensor], sigma: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, ...]:
         """f (), c, lower, upper of one instance in torch, differentiable to any order; flat inputs.
 
-        Args:
-            sigma: Of that smooth piece, (kinks,), with the rows of the kinks behind c.
-            declared: By calling the functions themselves, graph or not.
+        With ``sigma``, (kinks,), of that smooth piece, with the rows of the kinks behind c.
         """
         variables = list(self.variables.split(z).values())
         blocks = [p.reshape(block.shape) for p, block in zip(parameters, self.parameters, strict=True)]
         kinks = z.new_zeros(0)
         if sigma is not None and self.pieces is not None:
             *outputs, kinks = self.pieces.smooth(*variables, *blocks, sigma, torch.zeros_like(sigma))
-        elif self.graph.module is not None and self.compiled and not declared:
+        elif self.graph.module is not None and self.compiled:
             outputs = self.graph.module(*variables, *blocks)
         else:
-            copies = self.graph.seen.copies() if declared else None
-            outputs = self._call_functions(variables, blocks, copies)
+            outputs = self._call_functions(variables, blocks)
+        return self.stacked(z, outputs, kinks)
+
+    def stacked(
+        self, z: torch.Tensor, outputs: Sequence[torch.Tensor], kinks: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """f (), c, lower, upper from the values of the terms and, behind c, the rows of the kinks."""
         by_term = dict(zip(self.graph.outputs, outputs, strict=True))
         rows = [v.reshape(-1) for (kind, _), v in by_term.items() if kind in ("equality", "inequality")]
         sides = []
@@ -351,21 +350,14 @@ class Program(Evaluators):
 
         return loop
 
-    def _call_functions(
-        self,
-        variables: list[torch.Tensor],
-        blocks: list[torch.Tensor],
-        copies: Mapping[int, torch.Tensor] | None = None,
-    ) -> Any:
-        """The user's functions themselves, with ``blocks``, and ``copies`` by id, in place of what they capture."""
+    def _call_functions(self, variables: list[torch.Tensor], blocks: list[torch.Tensor]) -> Any:
+        """The user's functions themselves, with ``blocks`` in place of what they capture."""
         declared = len(self.problem.parameters)
         names = [*self.problem.variables, *self.problem.parameters]
         inputs = dict(zip(names, [*variables, *blocks[:declared]], strict=True))
         originals = self.graph.read_captures(None)
         stand_ins = {id(t): block for t, block in zip(originals, blocks[declared:], strict=True)}
-        values = evaluate(
-            self.graph.terms, inputs, Substitution({**(copies or {}), **stand_ins}, tracing=False)
-        )
+        values = evaluate(self.graph.terms, inputs, Substitution(stand_ins, tracing=False))
         for term, value, shape in zip(self.graph.terms, values, self.graph.shapes, strict=True):
             if tuple(value.shape) != shape:
                 raise ProblemError(

@@ -522,18 +522,13 @@ class Evaluation:
     def scaled_slack(self) -> Array:
         """Slack over what it changes by where the variables change by their sizes.
 
-        Of a bound at which curvature has no limit, as that of u^1.5, it is also a force: that by which the slope changes
-        on the way to the bound; without limit where the slope has none.
+        That of a steep bound is a force as well.
         """
         found: Array = self.slack / np.maximum(self._units, _TINY)
         if self.steep.any:
-            n = self.point.z.shape[1]
-            steep = np.where(self.steep.local, np.abs(self._second.diagonal()), 0.0) * self.size / self.force
-            forces = np.where(np.isfinite(self.slack[:, -2 * n :]), self.slack[:, -2 * n :], 0.0)
-            held = np.concatenate(self.steep.open, axis=1)  # as far as its edge
-            forces = np.where(held, 0.0, forces * np.tile(steep, 2))
-            forces = np.where(np.tile(self.steep.repelled, 2), 1.0, forces)
-            found[:, -2 * n :] = np.maximum(found[:, -2 * n :], forces)
+            sides = slice(-2 * self.point.z.shape[1], None)
+            forces = self.steep.forces(self.slack[:, sides]) * np.tile(self.size, 2) / self.force
+            found[:, sides] = np.maximum(found[:, sides], np.minimum(forces, 1.0))
         return found
 
     @cached_property

@@ -334,18 +334,20 @@ class Search:
         """
         if not verified.optimal.any():
             return verified
-        here, given, accuracy = verified.evaluation, self._given[samples], self.policy.accuracy
-        reasons, left = list(verified.reasons), _violation(here)
+        here, given, reasons = verified.evaluation, self._given[samples], list(verified.reasons)
         largest = np.abs(here.point.z).max(axis=1, initial=0.0)
         begun = np.maximum(np.abs(given).max(axis=1, initial=0.0), here.length)
         lost = verified.optimal & (largest > _RUN_OFF * np.maximum(begun, 1.0))
         for k in np.flatnonzero(lost):
             reasons[k] = f"the point has run off, to {largest[k]:.1e}"
-        steep = verified.optimal & ~lost & (left > accuracy) & (not self.program.affine_constraints)
+        steep, accuracy = np.zeros_like(lost), self.policy.accuracy
+        if not self.program.affine_constraints:
+            left = here.norms[1]
+            steep = verified.optimal & ~lost & (left > accuracy)
         if steep.any():
             start = self._measured(bound, given)
             reach = start.reach[:, : self.program.constraints].max(axis=1, initial=0.0)
-            steep &= left > np.maximum(_LEFT * _violation(start), accuracy * reach)
+            steep &= left > np.maximum(_LEFT * start.norms[1], accuracy * reach)
             for k in np.flatnonzero(steep):
                 reasons[k] = f"constraints are violated by {left[k]:.1e}, about as where the search began"
         status = [
@@ -400,17 +402,14 @@ class Search:
         failed = np.flatnonzero([status in _UNEXPLAINED for status in self.status])
         if not failed.size:
             return
-        at, which = (
-            self._measured(bound.take(failed), given[failed]),
-            "initial" if self.initial is not None else "zero, where the search begins",
-        )
+        at = self._measured(bound.take(failed), given[failed])
+        which = "initial" if self.initial is not None else "zero, where the search begins"
         finite = np.isfinite(at.first.objective) & np.isfinite(at.first.gradient).all(axis=1)
         finite &= np.isfinite(at.first.constraints).all(axis=1)
-        rows, equalities = slice(0, self.program.constraints), self.program.equality.size
-        open_ = np.where(np.arange(self.program.constraints) < equalities, -np.inf, self.policy.accuracy)
-        missed = np.abs(at.first.constraints[:, rows]) > self.policy.accuracy
-        missed &= at.first.constraints[:, rows] > open_
-        lost = (missed & (at.row_norms[:, rows] == 0)).any(axis=1)
+        c = at.first.constraints[:, : self.program.constraints]
+        equality = np.arange(c.shape[1]) < self.program.equality.size
+        missed = np.where(equality, np.abs(c), c) > self.policy.accuracy
+        lost = (missed & (at.row_norms[:, : c.shape[1]] == 0)).any(axis=1)
         for k, i in enumerate(failed):
             hint = ""
             if not finite[k]:
@@ -425,13 +424,6 @@ class Search:
             self.verified = verify(self.program, bound, best, self.policy, self.dtype, minimum=False)
         self.verified = replace(self.verified, status=tuple(self.status), reasons=tuple(self.reasons))
         return self.verified
-
-
-def _violation(evaluation: Evaluation) -> Array:
-    """The largest of |h| and max(g, 0), (B,)."""
-    c, m = evaluation.first.constraints[:, : evaluation.program.constraints], evaluation.program.equality.size
-    found: Array = np.where(np.arange(c.shape[1]) < m, np.abs(c), c).max(axis=1, initial=0.0)
-    return found
 
 
 def _scales(measured: Evaluation) -> tuple[Array, Array]:

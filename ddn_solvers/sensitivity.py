@@ -69,12 +69,9 @@ def sensitivity(
         )
     program, binding, point = _given(as_problem(problem), parameters, primal)
     # A batch of its own for every block, so that nothing is summed over samples before it has to be.
-    arrays = tuple(
-        block.detach().expand(binding.samples, block.shape[-1]).contiguous().numpy()
-        for block in binding.blocks
-    )
+    blocks = [b.detach().expand(binding.samples, b.shape[-1]).contiguous() for b in binding.blocks]
     found = _Found(program, policy, binding.dtype, point, dual)
-    operation, blocks = Operation(program, policy, found.examine), [torch.from_numpy(b) for b in arrays]
+    operation = Operation(program, policy, found.examine)
     outputs = operation.run(blocks)
     _report(found, policy)
     return Sensitivity(program, binding, found, operation, blocks, outputs, dict(parameters or {}))
@@ -98,13 +95,11 @@ def attach(
     _report(found, policy)
     if outputs.z.shape == point.shape:  # the caller's own point, with the gradient of its polish
         here = found.given()
-        at = {"z": point, "objective": here.first.objective}
-        own = {name: torch.from_numpy(values) for name, values in at.items()}
-        moved = {
-            name: getattr(outputs, name) + (v - getattr(outputs, name)).detach() for name, v in own.items()
-        }
-        residuals = torch.from_numpy(np.stack(here.norms, axis=1))
-        outputs = outputs._replace(**moved, residuals=residuals)
+        outputs = outputs._replace(
+            z=_with_gradient_of(outputs.z, point),
+            objective=_with_gradient_of(outputs.objective, here.first.objective),
+            residuals=torch.from_numpy(np.stack(here.norms, axis=1)),
+        )
     samples = len(found.status)
     stats = Stats(
         ("attach",) * samples,
@@ -369,6 +364,10 @@ def _with_dual(program: Program, bound: Bound, z: Array, dual: DualSolution) -> 
     point.y[:, : program.constraints] = np.concatenate([equality, inequality], axis=1)
     sides = {"lower": flat(program.variables, dual.lower), "upper": flat(program.variables, dual.upper)}
     return replace(point, **sides)
+
+
+def _with_gradient_of(tensor: torch.Tensor, values: Array) -> torch.Tensor:
+    return tensor + (torch.from_numpy(values) - tensor).detach()
 
 
 def _report(found: _Found, policy: Policy) -> None:

@@ -94,6 +94,16 @@ class SteepBounds:
         force = self._moved(np.where(at_lower, lower, np.where(at_upper, upper, z))).constraint_forces
         return found & np.where(at_lower, force < 0, force > 0)
 
+    def forces(self, slack: Array) -> Array:
+        """By which the slopes change on the way to lower and upper bounds, from their ``slack``, (B, 2n).
+
+        Without limit where the bound repels; none where it is open and holds, as near as its edge is.
+        """
+        curved = np.tile(np.where(self.local, np.abs(self.H.diagonal()), 0.0), 2)
+        forces = np.where(np.isfinite(slack), slack, 0.0) * curved
+        forces = np.where(np.concatenate(self.open, axis=1), 0.0, forces)
+        return np.where(np.tile(self.repelled, 2), np.inf, forces)
+
     def _moved(self, z: Array) -> Evaluation:
         return self.evaluation.moved(replace(self.evaluation.point, z=z))
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -107,7 +107,14 @@ def _fill_caches(problem: Problem) -> None:
         contextlib.suppress(Exception),  # whatever is wrong with them, the trace says it
     ):
         inputs = {name: _generic(shape).to(torch.float64) for name, shape in named.items()}
-        evaluate(terms_of(problem), inputs, Substitution(find_captures(problem).copies(), tracing=False))
+        called(terms_of(problem), inputs, find_captures(problem))
+
+
+def called(
+    terms: Sequence[Term], inputs: Mapping[str, torch.Tensor], seen: Captures
+) -> tuple[torch.Tensor, ...]:
+    """The values of the functions themselves at numbers; what they capture is left alone, a counter's buffer say."""
+    return evaluate(terms, inputs, Substitution(seen.copies(), tracing=False))
 
 
 def _trace(problem: Problem, seen: Captures) -> Graph:
@@ -263,7 +270,7 @@ def _tidy_norms(module: fx.GraphModule) -> None:
                 _is_root(node)
                 and name in ("dot", "matmul")
                 and rest[0].meta["val"].dim() == 1
-                and _call(rest[0]) == _call(rest[1])
+                and same_value(*rest)
             ):
                 new = _call_like(node, node, aten.linalg_vector_norm.default, rest[0])
             else:
@@ -281,7 +288,7 @@ def _call_like(value: Any, line: fx.Node, target: Any, *arguments: Any) -> fx.No
 def _is_square(node: fx.Node) -> bool:
     name = operation_name(node)
     if name == "mul":
-        return bool(_call(node.args[0]) == _call(node.args[1]))
+        return same_value(*node.args[:2])
     return name == "square" or (name == "pow" and bool(node.args[1] == 2))
 
 
@@ -290,11 +297,24 @@ def _is_root(node: fx.Node) -> bool:
     return name == "sqrt" or (name == "pow" and bool(node.args[1] == 0.5))
 
 
-def _call(argument: Any) -> tuple[Any, ...]:
-    """What tells one value from another: nodes that are the same call of the same things are equal."""
-    if not isinstance(argument, fx.Node) or argument.op != "call_function":
-        return ("value", argument)
-    return argument.target, argument.args, argument.kwargs
+def same_value(x: Any, y: Any) -> bool:
+    """Whether two nodes are one, or the same calls of the same things: ``(u - b) @ (u - b)`` computes u - b twice."""
+    return isinstance(x, fx.Node) and _alike(x, y, _DEEP)
+
+
+_DEEP = 8  # calls within each other that are compared
+
+
+def _alike(x: Any, y: Any, depth: int) -> bool:
+    if isinstance(x, fx.Node) and isinstance(y, fx.Node):
+        if x is y or depth == 0 or x.op != "call_function" or x.target != y.target:
+            return x is y
+        return _alike((x.args, dict(x.kwargs)), (y.args, dict(y.kwargs)), depth - 1)
+    if isinstance(x, (list, tuple)) and isinstance(y, (list, tuple)):
+        return len(x) == len(y) and all(_alike(a, b, depth) for a, b in zip(x, y, strict=True))
+    if isinstance(x, dict) and isinstance(y, dict):
+        return x.keys() == y.keys() and all(_alike(x[key], y[key], depth) for key in x)
+    return type(x) is type(y) and bool(x == y)
 
 
 def retrace(function: Callable[..., Any], shapes: Sequence[Sequence[int]]) -> fx.GraphModule:
@@ -396,10 +416,11 @@ def _draws_nothing(node: fx.Node) -> bool:
     schema: Any = node.target._schema  # type: ignore[union-attr]  # what has tags is an OpOverload
     given = {argument.name: argument.default_value for argument in schema.arguments}
     given |= dict(zip(given, node.args, strict=False)) | node.kwargs
-    return any(given.get(name, True) in (False, 0.0) for name in ("train", "training", *_RATES))
+    return any(given.get(name, True) in (False, 0.0) for name in _DRAWING)
 
 
-_RATES = ("p", "dropout", "dropout_p")  # what torch's operations call the rate of a dropout
+# What torch's operations call the mode in which they draw, and the rate of a dropout.
+_DRAWING = ("train", "training", "p", "dropout", "dropout_p")
 
 
 def operation_name(node: fx.Node) -> str:

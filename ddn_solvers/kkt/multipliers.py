@@ -119,9 +119,8 @@ def _fitted(evaluation: Evaluation, near: Mask, equality: Mask) -> PrimalDual:
         measured = _scaled(columns, unit)
         solution = unit * _signed_least_squares(measured, -evaluation.stationarity[i], len(free))
         if len(kink) and isinstance(measured, np.ndarray):
-            limits = np.full((2, len(unit)), [[-np.inf], [np.inf]])
-            limits[0, len(free) :] = 0.0
-            limits[:, len(free) - len(kink) : len(free)] = -np.abs(weights), np.abs(weights)
+            of_kinks = slice(len(free) - len(kink), len(free))
+            limits = _limits(len(unit), slice(len(free), None), of_kinks, np.abs(weights))
             solution = _within(solution, measured, limits, _balls(program, free), unit)
         cuts = np.cumsum([len(free), len(inequality), len(lower)])
         y[i, free], y[i, signed], bounds[0][i, lower], bounds[1][i, upper] = np.split(solution, cuts)
@@ -133,12 +132,25 @@ def _within(solution: Array, columns: Array, limits: Array, balls: tuple[Index, 
     choice = _Choice(solution, limits, balls, unit, np.zeros((len(unit), 0)))
     if choice.holds(solution) or not np.isfinite(columns).all():
         return solution
+    free = _undetermined(columns)
+    inside = replace(choice, free=unit[:, None] * free).inmost() if free.shape[1] else None
+    return solution if inside is None else inside
+
+
+def _undetermined(columns: Array) -> Array:
+    """Directions of multipliers that exert no force, orthonormal, (rows, d): the null space of ``columns`` (n, rows)."""
     _, singular, rotated = np.linalg.svd(columns)
     rank = int((singular > DEPENDENT * max(singular.max(initial=0.0), 1.0)).sum())
-    if rank == len(unit):
-        return solution
-    inside = replace(choice, free=unit[:, None] * rotated[rank:].T).inmost()
-    return solution if inside is None else inside
+    # LAPACK leaves subnormal numbers in rows that share no variable, and arithmetic on those takes a hundred times as long.
+    return np.where(np.abs(rotated[rank:].T) < _NOTHING, 0.0, rotated[rank:].T)
+
+
+def _limits(count: int, signed: slice, kinks: slice, weights: Array) -> Array:
+    """Of so many multipliers, (2, count): none, but >= 0 for those that are ``signed`` and |mu| <= w for ``kinks``."""
+    limits = np.repeat([[-np.inf], [np.inf]], count, axis=1)
+    limits[0, signed] = 0.0
+    limits[:, kinks] = -weights, weights
+    return limits
 
 
 def _columns(evaluation: Evaluation, i: int, rows: Index, lower: Index, upper: Index) -> Any:
@@ -312,19 +324,13 @@ class _ActiveRows(_Choice):
         known = np.concatenate([point.y[i, rows], point.lower[i, left], point.upper[i, right]])
         m = evaluation.program.constraints
         weights = np.abs(evaluation.kink_weights[i, rows[rows >= m] - m])
-        equal, kink = (rows < active.equalities).sum(), len(weights)
-        least = np.concatenate([np.full(equal, -np.inf), np.zeros(len(rows) - equal - kink), -weights])
-        most = np.concatenate([np.full(len(rows) - kink, np.inf), weights])
-        bounds = np.zeros(len(left) + len(right))
-        limits = np.stack([np.concatenate([least, bounds]), np.concatenate([most, bounds + np.inf])])
-        norms = np.concatenate([np.linalg.norm(J, axis=1), np.ones_like(bounds)])
-        unit, of_rows = np.ones(len(known)), slice(0, len(rows))
-        unit[len(rows) - kink : len(rows)] = _kink_units(weights, norms[len(rows) - kink : len(rows)])
+        of_rows, of_kinks = slice(0, len(rows)), slice(len(rows) - len(weights), len(rows))
+        limits = _limits(len(known), slice(int((rows < active.equalities).sum()), None), of_kinks, weights)
+        norms = np.concatenate([np.linalg.norm(J, axis=1), np.ones(len(left) + len(right))])
+        unit = np.ones(len(known))
+        unit[of_kinks] = _kink_units(weights, norms[of_kinks])
         scale = np.where(norms[of_rows] > 0, norms[of_rows], 1.0)
-        _, singular, rotated = np.linalg.svd(J[:, loose].T / scale)
-        rank = int((singular > DEPENDENT * max(singular.max(initial=0.0), 1.0)).sum())
-        # LAPACK leaves subnormal numbers in rows that share no variable, and arithmetic on those takes a hundred times as long.
-        undetermined = np.where(np.abs(rotated[rank:].T) < _NOTHING, 0.0, rotated[rank:].T) / scale[:, None]
+        undetermined = _undetermined(J[:, loose].T / scale) / scale[:, None]
         taken = J.T @ undetermined
         free = np.concatenate([undetermined, taken[left], -taken[right]])
         balls = _balls(evaluation.program, rows)

@@ -18,6 +18,7 @@ from ddn_solvers.active_set import ActiveSet, fixed_by_bounds, identify, kink_si
 from ddn_solvers.arrays import Array, Index, Mask
 from ddn_solvers.kkt.multipliers import without_cancellation
 from ddn_solvers.kkt.system import System
+from ddn_solvers.lowering.pattern import Matrices
 from ddn_solvers.policy import Policy
 from ddn_solvers.program import Program
 from ddn_solvers.residuals import Bound, Evaluation, PrimalDual
@@ -77,12 +78,14 @@ class Polished:
         )
 
 
-def kkt_system(evaluation: Evaluation, active: ActiveSet, **options: Any) -> System:
-    """The KKT system at a batch of points, for the active set ``active``."""
+def kkt_system(
+    evaluation: Evaluation, active: ActiveSet, jacobian: Matrices | None = None, **options: Any
+) -> System:
+    """The KKT system at a batch of points, for the active set ``active``; with another ``jacobian`` than that of c."""
     narrowing = torch.from_numpy(evaluation.steep.narrowing) if evaluation.steep.any else None
     return System(
         evaluation.H,
-        evaluation.J,
+        evaluation.J if jacobian is None else jacobian,
         torch.from_numpy(active.constraints),
         torch.from_numpy(active.fixed),
         narrowing=narrowing,
@@ -337,8 +340,7 @@ def _off_bounds(here: Evaluation, z: Array) -> Array:
 
 def _taken(here: Evaluation, active: ActiveSet, step: _Step) -> Evaluation:
     """The points after a step."""
-    y = np.where(here.unloaded[:, None], 0.0, step.y)
-    moved = _off_zeros(here.moved(replace(here.point, z=step.z, y=y)), active)
+    moved = _off_zeros(_unforced(here.moved(replace(here.point, z=step.z, y=step.y))), active)
     return moved.with_bounds_pushing(*bound_multipliers(moved, active))
 
 

@@ -20,13 +20,7 @@ from ddn_solvers.arrays import Array, Index, Mask
 from ddn_solvers.kkt.chance import unsettled, without_pull
 from ddn_solvers.kkt.curvature import descending, vanishing
 from ddn_solvers.kkt.multipliers import NEARLY_ON_KINK, canonical_multipliers
-from ddn_solvers.kkt.polish import (
-    Polished,
-    kkt_system,
-    merged,
-    merged_evaluation,
-    polish,
-)
+from ddn_solvers.kkt.polish import Polished, kkt_system, merged, merged_evaluation, polish
 from ddn_solvers.kkt.system import System
 from ddn_solvers.pieces import Kink
 from ddn_solvers.policy import Policy
@@ -157,16 +151,12 @@ def judge(polished: Polished, policy: Policy, dtype: torch.dtype, minimum: bool 
     """
     evaluation, batch = polished.evaluation, len(polished.predicted)
     program = evaluation.program
-    feasibility, complementarity = evaluation.scaled_feasibility, evaluation.scaled_complementarity.copy()
-    stationarity, predicted = evaluation.scaled_stationarity.copy(), polished.predicted
-    decides = polished.singular | (stationarity > _UNBALANCED)
-    evaluation, active, singular, condition = _established(
-        evaluation, complementarity, polished, policy, dtype
-    )
+    before, predicted = evaluation, polished.predicted
+    evaluation, active, singular, condition, complementarity = _established(before, polished, policy, dtype)
     # On other pieces than those of the polish other forces meet.
-    kinks, feasibility = _kinks(evaluation), np.fmax(feasibility, evaluation.scaled_feasibility)
-    stationarity = np.fmax(stationarity, evaluation.scaled_stationarity)
-    decides |= evaluation.scaled_stationarity > _UNBALANCED
+    kinks, feasibility = _kinks(evaluation), np.fmax(before.scaled_feasibility, evaluation.scaled_feasibility)
+    stationarity = np.fmax(before.scaled_stationarity, evaluation.scaled_stationarity)
+    decides = polished.singular | (stationarity > _UNBALANCED)
     gone = vanishing(evaluation, active)
     lost = np.flatnonzero(gone.any(axis=1))
     if lost.size:
@@ -204,12 +194,13 @@ def _tolerance(evaluation: Evaluation, policy: Policy, dtype: torch.dtype) -> Ar
 
 
 def _established(
-    evaluation: Evaluation, complementarity: Array, polished: Polished, policy: Policy, dtype: torch.dtype
-) -> tuple[Evaluation, ActiveSet, Mask, Array]:
+    evaluation: Evaluation, polished: Polished, policy: Policy, dtype: torch.dtype
+) -> tuple[Evaluation, ActiveSet, Mask, Array, Array]:
     """The points with their active set, on its pieces and with its multipliers; singularity and condition there.
 
-    Where other multipliers are chosen, ``complementarity`` becomes that of those.
+    And scaled complementarity, of the multipliers that are chosen where there is a choice.
     """
+    complementarity = evaluation.scaled_complementarity.copy()
     active = identify(evaluation, _tolerance(evaluation, policy, dtype))
     there = settled(evaluation, active)
     singular, condition = polished.singular.copy(), polished.condition.copy()
@@ -242,7 +233,7 @@ def _established(
         complementarity[chosen_at] = here.scaled_complementarity[chosen_at]
         active = identify(here, _tolerance(here, policy, dtype))
         there = settled(here, active)
-    return there, active, singular, condition
+    return there, active, singular, condition, complementarity
 
 
 def on_chosen_pieces(verified: Verified, policy: Policy) -> Verified:

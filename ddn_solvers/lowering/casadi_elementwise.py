@@ -186,7 +186,12 @@ def softplus(x: Any, beta: float = 1, threshold: float = 20) -> Any:
 def gelu(x: Any, approximate: str = "none") -> Any:
     if approximate == "tanh":
         return 0.5 * x * (1 + ca.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-    return x * (1 + ca.erf(x / math.sqrt(2))) / 2
+    return x * _cdf(x)
+
+
+def _cdf(x: Any) -> Any:
+    """Of the normal distribution, to rounding beside one; ``ndtr`` is so beside itself."""
+    return (1 + ca.erf(x / math.sqrt(2))) / 2
 
 
 @elementwise("erfc", "special_erfc")
@@ -238,7 +243,7 @@ def ndtr(x: Any) -> Any:
 def log_ndtr(x: Any) -> Any:
     """log Phi(x): from erf where Phi is not small, else -x^2/2 + log(erfcx(-x / sqrt 2) / 2)."""
     tail = x < -1
-    body = ca.log((1 + ca.erf((1 - tail) * x / math.sqrt(2))) / 2)
+    body = ca.log(_cdf((1 - tail) * x))
     t = ca.if_else(tail, -x, 1) / math.sqrt(2)
     return ca.if_else(tail, -t * t + ca.log(_erfcx(t) / 2), body)
 

@@ -249,18 +249,18 @@ def mirrored(call: Call, m: Any, upper: bool) -> Any:
     Of variables the derivative is that of the triangle. Of parameters it is shared between both, as torch has it: the
     same where the matrix is made to be symmetric.
     """
-    size = m.shape[0]
+    return _of_triangle(m, upper) if call.varies else (m + m.T) / 2 + _unsymmetric(m.shape[0], upper)(m)
+
+
+def _of_triangle(m: Any, upper: bool) -> Any:
     lower = ca.tril(m.T if upper else m)
-    whole = ca.densify(lower + ca.tril(lower, False).T)
-    return whole if call.varies else (m + m.T) / 2 + _unsymmetric(size, upper)(m)
+    return ca.densify(lower + ca.tril(lower, False).T)
 
 
 @functools.cache
 def _unsymmetric(size: int, upper: bool) -> Any:
     m = ca.MX.sym("m", size, size)
-    lower = ca.tril(m.T if upper else m)
-    left = ca.densify(lower + ca.tril(lower, False).T - (m + m.T) / 2)
-    return ca.Function("unsymmetric", [m], [left], NOT_DIFFERENTIATED)
+    return ca.Function("unsymmetric", [m], [_of_triangle(m, upper) - (m + m.T) / 2], NOT_DIFFERENTIATED)
 
 
 def _cholesky(rest: Any) -> Any:

@@ -156,9 +156,8 @@ def _moved(op: Any, args: Any, kwargs: Any, *, integers_are_data: bool) -> Any:
             return first
         pieces.append(column(data))
         count += math.prod(data.shape)
-        return (
-            _positions(data) + first
-        ).double()  # exact up to 2^53; of integers im2col and some others take none
+        # Exact up to 2^53; some operations, im2col among them, take no integers.
+        return (_positions(data) + first).double()
 
     args, kwargs = tree_map_only((Tensor, torch.Tensor, _Number), number, (tuple(args), kwargs))
     results = op(*args, **kwargs)

@@ -25,7 +25,7 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from ddn_solvers.layout import Shape
-from ddn_solvers.trace import operation_name
+from ddn_solvers.trace import operation_name, same_value
 
 Expression = Any  # cvxpy.Expression: CVXPY ships no type information
 Dims = int | Sequence[int] | None
@@ -821,35 +821,15 @@ def operation_name_of(target: Any) -> str:
 # --- compositions that are convex as a whole -----------------------------------------------------------
 
 
-_DEEP = 8  # calls within each other that are compared
-
-
 def _is(node: Any, *names: str) -> bool:
     return isinstance(node, fx.Node) and node.op == "call_function" and operation_name(node) in names
-
-
-def _same_value(x: Any, y: Any) -> bool:
-    """Whether two nodes are one, or the same calls of the same things: ``(u - b) @ (u - b)`` computes u - b twice."""
-    return isinstance(x, fx.Node) and _alike(x, y, _DEEP)
-
-
-def _alike(x: Any, y: Any, depth: int) -> bool:
-    if isinstance(x, fx.Node) and isinstance(y, fx.Node):
-        if x is y or depth == 0 or x.op != "call_function" or x.target != y.target:
-            return x is y
-        return _alike((x.args, dict(x.kwargs)), (y.args, dict(y.kwargs)), depth - 1)
-    if isinstance(x, (list, tuple)) and isinstance(y, (list, tuple)):
-        return len(x) == len(y) and all(_alike(a, b, depth) for a, b in zip(x, y, strict=True))
-    if isinstance(x, dict) and isinstance(y, dict):
-        return x.keys() == y.keys() and all(_alike(x[key], y[key], depth) for key in x)
-    return type(x) is type(y) and bool(x == y)
 
 
 def _squared(node: Any) -> fx.Node | None:
     """x, where the node is x squared elementwise."""
     if _is(node, "square") or (_is(node, "pow") and node.args[1] == 2):
         return node.args[0]
-    return node.args[0] if _is(node, "mul") and _same_value(*node.args[:2]) else None
+    return node.args[0] if _is(node, "mul") and same_value(*node.args[:2]) else None
 
 
 def _dims(node: fx.Node) -> tuple[Dims, bool]:
@@ -893,7 +873,7 @@ def _square(context: Context, node: fx.Node) -> Tensor | None:
         if not _is(weighted, "mul"):
             continue
         for weight, factor in (weighted.args[:2], reversed(weighted.args[:2])):  # type: ignore[union-attr]  # fx types arguments loosely
-            if _same_value(factor, x) and context.independent(weight):
+            if same_value(factor, x) and context.independent(weight):
                 return product(context, context.value(weight), _apply("square", context, context.value(x)))
     return None
 
@@ -907,10 +887,10 @@ def _entropy(context: Context, node: fx.Node) -> Tensor | None:
         if not _is(y, "log"):
             return None
         y = y.args[0]  # type: ignore[union-attr]  # fx types arguments loosely
-    if _same_value(x, y):
+    if same_value(x, y):
         x = context.value(x)
         return make(-cp.entr(x.expression), x.shape)
-    if _is(y, "div") and _same_value(y.args[0], x):  # type: ignore[union-attr]  # fx types arguments loosely
+    if _is(y, "div") and same_value(y.args[0], x):  # type: ignore[union-attr]  # fx types arguments loosely
         (left, right), shape = broadcast(context.value(x), context.value(y.args[1]))  # type: ignore[union-attr]  # fx types arguments loosely
         return make(cp.rel_entr(left, right), shape)
     return None
@@ -989,16 +969,10 @@ def _root_of_form(context: Context, node: fx.Node) -> Tensor | None:
     factors, x, matrix = _form_of(context, inside) or ((), None, None)
     if matrix is None or not all(isinstance(factor, (int, float)) and factor > 0 for factor in factors):
         return None
-    vector, weight = context.value(x), as_tensor(context.value(matrix))
-    if len(vector.shape) != 1 or len(weight.shape) != 2 or not vector.expression.is_affine():
+    image = _factored(context, context.value(x), context.value(matrix))
+    if image is None or image[0] < 0:
         return None
-    sign, factor = context.factor(weight)
-    if sign < 0:
-        return None
-    if factor.expression.parameters():
-        vector = Tensor(context.free_of_parameters(vector.expression), vector.shape)
-    root = cp.norm(factor.matrix() @ vector.expression, 2)
-    return make(math.sqrt(math.prod(factors)) * root, ())
+    return make(math.sqrt(math.prod(factors)) * cp.norm(image[1], 2), ())
 
 
 def _form_of(context: Context, node: fx.Node) -> tuple[tuple[Any, ...], Any, Any] | None:
@@ -1007,14 +981,14 @@ def _form_of(context: Context, node: fx.Node) -> tuple[tuple[Any, ...], Any, Any
     if (product_node is not node and not _is(product_node, "mul")) or node.meta["val"].dim() != 0:
         return None
     (of_x, x), (of_y, y) = (_unscaled(context, arg) for arg in product_node.args[:2])  # type: ignore[union-attr]  # fx types arguments loosely
-    if _same_value(x, y):
+    if same_value(x, y):
         return (*of_x, *of_y), x, None
     for vector, image in ((x, y), (y, x)):
         if not _is(image, "matmul", "mv"):
             continue
         for argument, matrix in (image.args, reversed(image.args)):
             of_argument, argument = _unscaled(context, argument)
-            if _same_value(argument, vector) and context.independent(matrix):
+            if same_value(argument, vector) and context.independent(matrix):
                 return (*of_x, *of_y, *of_argument), vector, matrix
     return None
 
@@ -1042,7 +1016,7 @@ def _quadratic_einsum(context: Context, node: fx.Node) -> Tensor | None:
     inputs, _, output = str(node.args[0]).replace(" ", "").partition("->")
     labels, operands = inputs.split(","), list(node.args[1])  # type: ignore[arg-type]  # fx types arguments loosely
     alike = len(labels) == 2 and labels[0] == labels[1] and len(set(labels[0])) == len(labels[0])
-    if not output and alike and _same_value(*operands):
+    if not output and alike and same_value(*operands):
         return make(cp.sum_squares(context.value(operands[0]).expression), ())
     if output or len(labels) != 3 or sorted(map(len, labels)) != [1, 1, 2]:
         return None
@@ -1050,7 +1024,7 @@ def _quadratic_einsum(context: Context, node: fx.Node) -> Tensor | None:
     x, y = (operands[k] for k in range(3) if k != at)
     others = {labels[k] for k in range(3) if k != at}
     if (
-        not _same_value(x, y)
+        not same_value(x, y)
         or set(labels[at]) != others
         or len(others) != 2
         or not context.independent(operands[at])
@@ -1060,10 +1034,16 @@ def _quadratic_einsum(context: Context, node: fx.Node) -> Tensor | None:
 
 
 def _form(context: Context, x: Tensor, matrix: Any) -> Tensor | None:
+    image = _factored(context, x, matrix)
+    return None if image is None else make(image[0] * cp.sum_squares(image[1]), ())
+
+
+def _factored(context: Context, x: Tensor, matrix: Any) -> tuple[int, Any] | None:
+    """Sign and F x of x^T P x = +-|F x|^2; ``None`` where x is not affine, or the shapes are others."""
     matrix = as_tensor(matrix)
     if len(x.shape) != 1 or len(matrix.shape) != 2 or not x.expression.is_affine():
         return None
     sign, factor = context.factor(matrix)
     if factor.expression.parameters():
         x = Tensor(context.free_of_parameters(x.expression), x.shape)
-    return make(sign * cp.sum_squares(factor.matrix() @ x.expression), ())
+    return sign, factor.matrix() @ x.expression
