@@ -390,6 +390,7 @@ class Evaluation:
     # -- unscaled ---------------------------------------------------------------------------------
 
     @cached_property
+    @np.errstate(all="ignore")  # those of a failed sample may be anything
     def norms(self) -> tuple[Array, Array, Array]:
         """Stationarity, feasibility, complementarity: unscaled maximum norms, (B,) each."""
         sides = self.slack.copy()

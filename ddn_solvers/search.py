@@ -99,6 +99,7 @@ class Search:
     verified: Verified | None = None
     phases: dict[str, float] = field(default_factory=lambda: {"backend": 0.0, "verification": 0.0})
 
+    @np.errstate(all="ignore")  # points of failed samples may be anything
     def find(self, parameters: tuple[Array, ...]) -> Verified:
         """Solve every sample, route after route."""
         started, before = time.perf_counter(), self.phases["backend"]
@@ -364,7 +365,6 @@ class Search:
         found = diagnose(self.program, bound, z, self.policy.accuracy)
         return found is not None and found[0] is claim
 
-    @np.errstate(all="ignore")  # as for every failed sample
     def _solve_determined(self, bound: Bound, best: PrimalDual) -> None:
         """More equations than variables, which backends refuse, leave at most one point: find that."""
         failed = np.flatnonzero([status in _UNEXPLAINED for status in self.status])
@@ -396,7 +396,6 @@ class Search:
                 self.status[i] = Status.NOT_A_KKT_POINT
                 self.reasons[i] = "; ".join(t for t in ("there are feasible points", self.reasons[i]) if t)
 
-    @np.errstate(all="ignore")
     def _tell_undefined(self, given: Array, bound: Bound) -> None:
         """Where log(0) or the like stands where the search begins, no solver gets away from it."""
         failed = np.flatnonzero([status in _UNEXPLAINED for status in self.status])
@@ -455,7 +454,6 @@ def _verdict(point: Point, verified: Status, reason: str) -> tuple[Status, str]:
     return point.status, "; ".join(text for text in (said, reason) if text)
 
 
-@np.errstate(all="ignore")  # points of failed samples may be anything
 def _with_multipliers(
     program: Program, bound: Bound, points: list[Point], nearly: float = NEARLY_ON_KINK[0]
 ) -> PrimalDual:
