@@ -21,3 +21,9 @@ def unit_without_symmetry(n: int) -> Array:
     """The same of length one, (n,)."""
     vector = without_symmetry(n)
     return vector / np.linalg.norm(vector)
+
+
+def largest(values: Array, axis: int | tuple[int, ...] = -1) -> Array:
+    """Maximum norm along an axis, or several; zero of nothing. In two passes without an array of magnitudes."""
+    found: Array = np.maximum(values.max(axis=axis, initial=0.0), -values.min(axis=axis, initial=0.0))
+    return found

@@ -45,6 +45,7 @@ from ddn_solvers.kkt.operator import (
     DENSE_LIMIT,
     Bordered,
     Dense,
+    Full,
     Operator,
     Sparse,
     factored_sparsely,
@@ -93,7 +94,7 @@ class System:
         corner: torch.Tensor | None = None,
         narrowing: torch.Tensor | None = None,
     ) -> None:
-        self._choice, self._corner = linear_solver, corner
+        self._choice, self._corner, self._transformed = linear_solver, corner, transformed
         self._solver = _solver(linear_solver, transformed, hessian, jacobian)
         self.hessian, self.jacobian = self._operator(hessian), self._operator(jacobian)
         self.active, self.fixed, self._kept = active, fixed, torch.cat([~fixed, active], dim=-1)
@@ -127,14 +128,14 @@ class System:
         if isinstance(matrix, Operator):
             return matrix
         if isinstance(matrix, torch.Tensor):
-            return Dense(matrix)
-        return Sparse(matrix) if self._solver.sparse else Dense(torch.from_numpy(matrix.dense))
+            return Dense(matrix) if self._transformed else Full(matrix.numpy())
+        return Sparse(matrix) if self._solver.sparse else Full(matrix.dense)
 
     def _bordered(self) -> Bordered:
         hessian, jacobian, kept = self.hessian, self.jacobian, self._pack(self._kept)
         if self._packing is not None:
-            hessian = Dense(self._packing.hessian(hessian.dense()))
-            jacobian = Dense(self._packing.border(jacobian.dense()))
+            hessian = Full(self._packing.hessian(hessian.dense()).numpy())
+            jacobian = Full(self._packing.border(jacobian.dense()).numpy())
         if self._corner is None:
             return Bordered.of(hessian, jacobian, kept)
         diagonal = torch.cat([torch.zeros_like(self.fixed, dtype=self._corner.dtype), self._corner], dim=-1)
