@@ -111,11 +111,22 @@ class Evaluators:
         Args:
             batch: Number of samples, unless the parameters tell.
         """
-        samples = max((len(p) for p in parameters if p.ndim == 2), default=1)
-        zero = np.zeros((batch or samples, self.jacobian_pattern.shape[1]))
-        first = self.first_order(zero, parameters)
+        samples = max((len(p) for p in parameters if p.ndim == 2), default=batch or 1)
+        zero = np.zeros((samples, self.jacobian_pattern.shape[1]))
+        constant = self._map("jacobian_map")
+        if constant is None:
+            first = self.first_order(zero, parameters)
+        else:
+            first = FirstOrder(*self.at_zero(parameters, samples), constant(parameters, samples))
         hessian = self.hessian(zero, parameters, np.zeros(self.rows))
         return Coefficients(first.objective, first.gradient, first.constraints, first.jacobian, hessian)
+
+    def at_zero(self, parameters: Sequence[Array], samples: int) -> tuple[Array, Array, Array]:
+        """``slopes`` at z = 0, of so many samples."""
+        f, gradient, c = self._kernel("origin")(*parameters)
+        if len(f) < samples:  # of shared parameters
+            f, gradient, c = (np.repeat(values, samples, axis=0) for values in (f, gradient, c))
+        return f[:, 0], gradient, c
 
     def slopes(self, z: Array, parameters: Sequence[Array]) -> tuple[Array, Array, Array]:
         """f (B,), grad f (B, n) and c (B, rows); of compiled functions only."""

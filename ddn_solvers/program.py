@@ -244,7 +244,7 @@ class Program(Evaluators):
         if not self._multiplies:
             return super().coefficients(parameters, batch)
         samples = max((len(p) for p in parameters if p.ndim == 2), default=batch or 1)
-        f, gradient, c = self.slopes(np.zeros((samples, self.variables.size)), parameters)
+        f, gradient, c = self.at_zero(parameters, samples)
         nonzeros = []
         with temporarily_clear_interpreter_stack(), torch.inference_mode(False):
             zero = torch.zeros(self.variables.size, dtype=torch.float64)

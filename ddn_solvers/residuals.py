@@ -41,6 +41,7 @@ _NOTHING = 1e-7  # relative size of the forces that meet in a row below which th
 _ROUNDING = 1e-13  # relative force that counts as none
 # Force of a multiplier, relative to those of the objective, from which on its row may be vanishing.
 BEYOND: Final = 1e2
+_CLOSE_BY = 1e-3  # way of a point relative to its own size
 _NEAR_ZERO = 1e-3  # of the length of a vector relative to what it can become
 _VANISHING = 1e-2  # of the change of a row's gradient over a hundredth of the point's size
 
@@ -116,8 +117,30 @@ class Evaluation:
         return Evaluation(program, bound, point, program.smooth.first_order(point.z, inputs))
 
     def moved(self, point: PrimalDual) -> Evaluation:
-        """The same samples at other points; the matrices of an LP or QP are the same there, and what is made of them."""
-        return self.at_known(point, Evaluation.at(self.program, self.bound, point).first)
+        """The same samples at other points; the matrices of an LP or QP are the same there, and what is made of them.
+
+        Close to where it was, its values and slopes are told from those: rounding enters by the way alone.
+        """
+        if not self.program.quadratic:
+            return self.at_known(point, Evaluation.at(self.program, self.bound, point).first)
+        way = point.z - self.point.z
+        near = _largest(way) <= _CLOSE_BY * _largest(self.point.z)
+        first, bends = self.first, self._second.times(way)
+        told = FirstOrder(
+            first.objective + ((first.gradient + bends / 2) * way).sum(axis=1),
+            first.gradient + bends,
+            first.constraints + self.J.times(way),
+            first.jacobian,
+        )
+        if near.all():
+            return self.at_known(point, told)
+        afresh = Evaluation.at(self.program, self.bound, point).first
+        chosen = {
+            name: np.where(near if value.ndim == 1 else near[:, None], value, getattr(afresh, name))
+            for name, value in vars(told).items()
+            if name != "jacobian"
+        }
+        return self.at_known(point, replace(told, **chosen))
 
     def at_known(self, point: PrimalDual, first: FirstOrder) -> Evaluation:
         """``moved`` to points at which the derivatives are known already."""

@@ -19,7 +19,7 @@ import torch
 from ddn_solvers.arrays import Array, Mask
 from ddn_solvers.dense_lu import inverses, lu_factors
 from ddn_solvers.kkt.bands import Structure
-from ddn_solvers.kkt.operator import Bordered, Formed, Operator, Sparse
+from ddn_solvers.kkt.operator import Bordered, Formed, Full, Operator, Sparse
 from ddn_solvers.lowering.pattern import Matrices
 from ddn_solvers.sparse_lu import sparse_lu
 
@@ -122,10 +122,12 @@ class Schur(LinearSolver):
 
     def compute(self, state: Any, rhs: torch.Tensor) -> torch.Tensor:
         L, W, R, others, lu, factors = state
-        n, column = L.shape[-1], rhs.unsqueeze(-1)
+        n, column, W = L.shape[-1], rhs.unsqueeze(-1), Full(W.numpy())
         u = torch.linalg.solve_triangular(L, column[:, :n], upper=False)
-        t = torch.cholesky_solve(W.mT @ u - column[:, n:], R)
-        x = torch.linalg.solve_triangular(L.mT, u - W @ t, upper=True)
+        lifted = W.transposed_times(u.squeeze(-1)).unsqueeze(-1)
+        t = torch.cholesky_solve(lifted - column[:, n:], R)
+        moved = W.times(t.squeeze(-1)).unsqueeze(-1)
+        x = torch.linalg.solve_triangular(L.mT, u - moved, upper=True)
         solution = torch.cat([x, t], dim=1).squeeze(-1)
         if len(others):
             solution[others] = lu.compute(factors, rhs[others])

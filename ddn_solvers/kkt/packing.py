@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 
 
@@ -73,7 +74,7 @@ def _first(mask: torch.Tensor) -> torch.Tensor:
     count = int(mask.sum(-1).amax()) if mask.numel() else 0
     if count == mask.shape[1]:
         return torch.arange(count).expand(mask.shape)
-    return torch.argsort(~mask, dim=-1, stable=True)[:, :count]
+    return torch.from_numpy(np.argsort(~mask.numpy(), axis=-1, kind="stable")[:, :count])
 
 
 def pick(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -91,4 +92,4 @@ def put(values: torch.Tensor, index: torch.Tensor, size: int, absent: float = 0.
 def _rows(matrix: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     if index.shape[1] == matrix.shape[1]:
         return matrix
-    return matrix.gather(1, index.unsqueeze(2).expand(-1, -1, matrix.shape[2]))
+    return matrix[torch.arange(len(matrix)).unsqueeze(1), index]

@@ -6,6 +6,7 @@ of a smooth piece sigma and tau as well, in which nothing is differentiated), c 
     values       (z, p..)                    -> f, c
     first_order  (z, p..)                    -> f, grad f, c, nonzeros of the Jacobian of c
     slopes       (z, p..)                    -> f, grad f, c
+    origin       (p..)                       -> the same at z = 0, simplified
   hessian      (z, p.., y, sigma)          -> nonzeros of the Hessian of sigma f + y^T c
     bounds       (p..)                       -> lower, upper
     adjoint      (z, p.., y, w, s, sl, su, e)-> d/dp_i [ e f - w^T grad_z (f + y^T c) - s^T c - sl^T lower + su^T upper ]
@@ -128,6 +129,13 @@ class SymbolicFunctions:
     def slopes(self) -> ca.Function:
         """``first_order`` without the Jacobian."""
         return self._function("slopes", [], [self.f, self.gradient, self.c])
+
+    @cached_property
+    def origin(self) -> ca.Function:
+        """``slopes`` at zero: of what is multiplied by z nothing is left."""
+        zero = [ca.MX.zeros(self.z.numel())]
+        outputs = ca.graph_substitute([self.f, self.gradient, self.c], [self.z], zero)
+        return ca.Function("origin", self.p, [ca.densify(output) for output in outputs])
 
     @cached_property
     def jacobian_map(self) -> LinearMap | None:
