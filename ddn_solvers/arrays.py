@@ -10,6 +10,8 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
 Index = np.ndarray[Any, np.dtype[np.intp]]
 
+_SMALL = 10_000  # numbers of which another array costs less than another call
+
 
 def without_symmetry(n: int) -> Array:
     """A vector, (n,), that no symmetry of a problem leaves as it is; always the same, as random ones would not be."""
@@ -24,6 +26,10 @@ def unit_without_symmetry(n: int) -> Array:
 
 
 def largest(values: Array, axis: int | tuple[int, ...] = -1) -> Array:
-    """Maximum norm along an axis, or several; zero of nothing. In two passes without an array of magnitudes."""
-    found: Array = np.maximum(values.max(axis=axis, initial=0.0), -values.min(axis=axis, initial=0.0))
+    """Maximum norm along an axis, or several; zero of nothing."""
+    found: Array
+    if values.size < _SMALL:
+        found = np.abs(values).max(axis=axis, initial=0.0)
+    else:  # two passes, and no array of magnitudes
+        found = np.maximum(values.max(axis=axis, initial=0.0), -values.min(axis=axis, initial=0.0))
     return found

@@ -24,7 +24,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from ddn_solvers.arrays import Array, Index, Mask, unit_without_symmetry
+from ddn_solvers.arrays import Array, Index, Mask, largest, unit_without_symmetry
 from ddn_solvers.evaluators import Coefficients, Evaluators, FirstOrder
 from ddn_solvers.lowering.pattern import Matrices
 from ddn_solvers.program import Program
@@ -124,7 +124,7 @@ class Evaluation:
         if not self.program.quadratic:
             return self.at_known(point, Evaluation.at(self.program, self.bound, point).first)
         way = point.z - self.point.z
-        near = _largest(way) <= _CLOSE_BY * _largest(self.point.z)
+        near = largest(way) <= _CLOSE_BY * largest(self.point.z)
         first, bends = self.first, self._second.times(way)
         told = FirstOrder(
             first.objective + ((first.gradient + bends / 2) * way).sum(axis=1),
@@ -201,7 +201,7 @@ class Evaluation:
         lasting = rows
         if self.steep.any:
             lasting = self.steep.lasting.absolute.times(self.own_size) * self.own_size
-        curved = rows > FLAT * _largest(lasting)[:, None]
+        curved = rows > FLAT * largest(lasting)[:, None]
         if not self.program.quadratic:  # multipliers that are rounding bend rows
             curved &= rows > EPSILON * self._strength
         return matrices if curved.all() else matrices.scaled(curved.astype(float), curved.astype(float))
@@ -216,7 +216,7 @@ class Evaluation:
         H, y = self.steep.lasting.absolute, self.point.y
         if self.program.affine_constraints and self.program.pieces is None:
             return H
-        beyond = _largest(y * self.reach) > BEYOND * self._strength[:, 0]
+        beyond = largest(y * self.reach) > BEYOND * self._strength[:, 0]
         if not beyond.any():
             return H
         alone = np.abs(self.functions.hessian(self.point.z, self.inputs, np.zeros_like(y)))
@@ -330,8 +330,8 @@ class Evaluation:
     @property
     def _strength(self) -> Array:
         """The largest force of objective and kinks, curvature aside, (B, 1): that of a norm has no limit at zero."""
-        kinks = _largest(self.kink_weights * self._kink_norms)
-        return np.maximum(_largest(self.first.gradient * self.size), kinks)[:, None]
+        kinks = largest(self.kink_weights * self._kink_norms)
+        return np.maximum(largest(self.first.gradient * self.size), kinks)[:, None]
 
     @cached_property
     def unloaded(self) -> Mask:
@@ -421,7 +421,7 @@ class Evaluation:
         sides[:, kinks] = 0.0  # where a kink is, is no question of feasibility
         violation = np.concatenate([np.abs(self.equality), np.maximum(-sides, 0)], axis=1)
         product = self.multiplier * np.where(np.isfinite(self.slack), self.slack, 0)
-        return _largest(self._distance_to_subdifferential), _largest(violation), _largest(product)
+        return largest(self._distance_to_subdifferential), largest(violation), largest(product)
 
     @property
     def _distance_to_subdifferential(self) -> Array:
@@ -455,11 +455,11 @@ class Evaluation:
     def size(self) -> Array:
         """w, by which changes of the variables are measured, (B, n): never more than max(1, |z|)."""
         z = self.point.z
-        size = np.broadcast_to(np.maximum(self.reference, _largest(z))[:, None], z.shape)
+        size = np.broadcast_to(np.maximum(self.reference, largest(z))[:, None], z.shape)
         units = self._units_of_variables
         if units is None:
             return size
-        length = np.maximum(1.0, _largest(z / units))[:, None]
+        length = np.maximum(1.0, largest(z / units))[:, None]
         return np.minimum(units * length, size)
 
     @cached_property
@@ -493,14 +493,14 @@ class Evaluation:
         offset = _significant(first.constraints - J.times(z), J.absolute.times(far))
         at_zero = first.objective - ((first.gradient - bends / 2) * z).sum(axis=1)
         at_zero = _significant(at_zero, ((np.abs(q) + bending) * far).sum(axis=1))
-        steepest, most, rows = _largest(q), _largest(curvature), self.row_norms
+        steepest, most, rows = largest(q), largest(curvature), self.row_norms
         lengths = [
             *(
-                _largest(np.where(np.isfinite(side), side, 0.0))
+                largest(np.where(np.isfinite(side), side, 0.0))
                 for side in (self.bound.lower, self.bound.upper)
             ),
-            _largest(np.where(rows > 0, offset / rows, 0.0)),
-            _largest(np.where(curvature != 0, q / curvature, 0.0)),
+            largest(np.where(rows > 0, offset / rows, 0.0)),
+            largest(np.where(curvature != 0, q / curvature, 0.0)),
             np.where(most > 0, np.sqrt(2 * np.abs(at_zero) / most), 0.0),
             np.where((most == 0) & (steepest > 0), np.abs(at_zero) / steepest, 0.0),
         ]
@@ -524,13 +524,17 @@ class Evaluation:
 
         Multipliers do not enter it: where the objective exerts none, theirs is rounding.
         """
-        return self._force(self.own_size, self.size)
+        return self._force(self._curvature, self.size)
 
-    def _force(self, bending: Array, size: Array) -> Array:
-        """The largest change of the objective, by curvature where variables change by ``bending``, else by ``size``."""
-        curvature = self._bending.scaled(bending, bending).largest()
-        kinks = _largest(self.kink_weights * self._kink_norms)
-        slopes = np.maximum(_largest(self.first.gradient * size), kinks)
+    @cached_property
+    def _curvature(self) -> Array:
+        """The largest change of the objective by curvature where each variable changes by its own size, (B,)."""
+        return self._bending.scaled(self.own_size, self.own_size).largest()
+
+    def _force(self, curvature: Array, size: Array) -> Array:
+        """The largest change of the objective: by ``curvature``, (B,), or where variables change by ``size``."""
+        kinks = largest(self.kink_weights * self._kink_norms)
+        slopes = np.maximum(largest(self.first.gradient * size), kinks)
         if not self.program.numbers.all():
             curvature = np.where(self._at_norms, np.minimum(curvature, slopes), curvature)
         forces = np.maximum(slopes, curvature)
@@ -569,13 +573,13 @@ class Evaluation:
         reach, kinks = (np.maximum(units, _TINY) for units in (self._reach(self.own_size), self._kink_norms))
         units = np.concatenate([reach[:, m : m + q], kinks, self.own_size, self.own_size], axis=1)
         equality = np.abs(self.equality) / reach[:, :m]
-        return np.maximum(_largest(equality), _largest(np.maximum(-self.slack, 0) / units))
+        return np.maximum(largest(equality), largest(np.maximum(-self.slack, 0) / units))
 
     @cached_property
     def scaled_complementarity(self) -> Array:
         """Natural residual: what is neither slack nor force must vanish; negative multipliers count."""
         natural = np.minimum(np.maximum(self.scaled_slack, 0), self.scaled_multiplier)
-        return _largest(natural)
+        return largest(natural)
 
     @cached_property
     def scaled_stationarity(self) -> Array:
@@ -586,16 +590,18 @@ class Evaluation:
         residual is that rounding.
         """
         meeting = np.abs(self.first.gradient) + self.J.absolute.transposed_times(np.abs(self.point.y))
-        felt = np.minimum(self.own_size, np.maximum(self.reference, self.length)[:, None])
-        bends = self._bending
+        bends, limit = self._bending, np.maximum(self.reference, self.length)
+        felt, most = np.minimum(self.own_size, limit[:, None]), self._curvature
+        if (limit < largest(self.own_size)).any():
+            most = bends.scaled(felt, felt).largest()
         curvature, rounding = bends.times(felt), EPSILON * bends.times(np.abs(self.point.z))
         if not self.program.numbers.all():
             limited = np.minimum(curvature, self._strength / self.size)
             curvature = np.where(self._at_norms[:, None], limited, curvature)
         meeting += curvature + np.abs(self.point.lower) + self.point.upper
-        floor = _NOTHING * self._force(felt, felt) / felt
+        floor = _NOTHING * self._force(most, felt) / felt
         hidden = rounding / np.maximum(curvature, floor)  # multipliers may be of that rounding themselves
-        return np.maximum(_largest(self.stationarity / np.maximum(meeting, floor)), _largest(hidden))
+        return np.maximum(largest(self.stationarity / np.maximum(meeting, floor)), largest(hidden))
 
     @cached_property
     def scaled(self) -> Array:
@@ -615,8 +621,3 @@ def _significant(values: Array, terms: Array) -> Array:
     """Differences that are more than the rounding of what cancels in them, else zero."""
     found: Array = np.where(np.abs(values) > _CANCELLED * terms, values, 0.0)
     return found
-
-
-def _largest(values: Array) -> Array:
-    """Maximum norm over the last axis, (B,); zero of nothing."""
-    return np.abs(values).max(axis=-1, initial=0.0)

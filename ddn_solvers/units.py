@@ -27,7 +27,7 @@ def units_of(H: Matrices, J: Matrices) -> Array | None:
         curvature = np.where(
             rows > FLAT * rows.max(axis=1, keepdims=True, initial=0.0), np.abs(H.diagonal()), 0.0
         )
-        alike = _alike(np.sqrt(curvature)) & _alike(_columns(J))
+        alike = _alike(np.sqrt(curvature)) & (_columns_surely_alike(J) or _alike(_columns(J)))
         if alike.all():
             return None
         curved = curvature > 0
@@ -45,6 +45,14 @@ def _columns(J: Matrices) -> Array:
     """The largest entry of each column, (B, n), where rows are scaled so that theirs is one."""
     rows = J.row_largest()
     return J.rows_scaled(1 / np.where(rows > 0, rows, 1.0)).column_largest()
+
+
+def _columns_surely_alike(J: Matrices) -> bool:
+    """Whether norms say so already: |J_j|^2 <= m (largest entry)^2, rows having norm one and no entry above it."""
+    rows = J.squared.row_sums()
+    columns = J.squared.transposed_times(1 / np.where(rows > 0, rows, 1.0))
+    smallest = np.where(columns > 0, columns, np.inf).min(axis=1, initial=np.inf)
+    return bool((smallest > J.shape[0] / _ALIKE**2).all())
 
 
 def _alike(values: Array) -> Mask:

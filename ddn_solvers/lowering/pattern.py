@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ddn_solvers.arrays import Array, Index
+from ddn_solvers.arrays import Array, Index, largest
 
 if TYPE_CHECKING:
     import scipy.sparse as sp
@@ -179,10 +179,7 @@ class Matrices:
 
     def row_sums(self) -> Array:
         """(B, rows)"""
-        if self.pattern.full:
-            sums: Array = self.dense.sum(axis=2)
-            return sums
-        return self.pattern.product(self.nonzeros, np.ones((len(self), self.shape[1])))
+        return self.times(np.ones((len(self), self.shape[1])))
 
     def map(self, function: Any) -> Matrices:
         """``function`` of every nonzero."""
@@ -222,14 +219,13 @@ class Matrices:
 
     def largest(self) -> Array:
         """max |M_ij|, (B,)"""
-        largest: Array = self.absolute.nonzeros.max(axis=1, initial=0.0)
-        return largest
+        return largest(self.nonzeros)
 
     def row_largest(self) -> Array:
         """max_j |M_ij|, (B, rows)"""
         if self.pattern.full:
-            largest: Array = self.absolute.dense.max(axis=2, initial=0.0)
-            return largest
+            found: Array = self.absolute.dense.max(axis=2, initial=0.0)
+            return found
         return self.pattern.row_runs.largest(self.absolute.nonzeros[:, self.pattern.by_row])
 
     def diagonal(self) -> Array:
@@ -244,8 +240,8 @@ class Matrices:
     def column_largest(self) -> Array:
         """max_i |M_ij|, (B, columns)"""
         if self.pattern.full:
-            largest: Array = self.absolute.dense.max(axis=1, initial=0.0)
-            return largest
+            found: Array = self.absolute.dense.max(axis=1, initial=0.0)
+            return found
         return self.pattern.column_runs.largest(self.absolute.nonzeros)
 
     def take(self, samples: Any) -> Matrices:
