@@ -41,6 +41,7 @@ from ddn_solvers.errors import (
     ProblemError,
     warn_caller,
 )
+from ddn_solvers.points import Point, Points, as_point, bound_multipliers
 from ddn_solvers.solution import Status
 from ddn_solvers.threads import Threads
 
@@ -65,6 +66,7 @@ __all__ = [
     "Options",
     "OutOfTime",
     "Point",
+    "Points",
     "ProblemClass",
     "ProblemError",
     "QuadraticForm",
@@ -251,45 +253,6 @@ class QuadraticForm:
     h: Array
 
 
-@dataclass(frozen=True)
-class Point:
-    """What a backend found for one instance: the point, its word, and multipliers if it has them.
-
-    Nothing of it has to be checked: numbers that are not finite, multipliers below zero by rounding,
-    a status that says too much are the library's to find.
-    """
-
-    primal: Array  # (n,)
-    status: Status
-    equality: Array | None = None
-    inequality: Array | None = None
-    lower: Array | None = None
-    upper: Array | None = None
-    iterations: int | None = None
-    message: str = ""
-    fallback: str = ""  # why it went the slow way; one ``FallbackWarning`` a call
-
-
-def as_point(answer: Any, initial: Array, equalities: int, inequalities: int) -> Point:
-    """What a backend returned, if it is a ``Point`` of the right shapes; else one at ``initial`` that says what it is."""
-    if not isinstance(answer, Point):
-        message = f"returned {type(answer).__name__}, expected a Point"
-        return Point(initial, Status.BACKEND_ERROR, message=message)
-    n = len(initial)
-    sizes = {"primal": n, "equality": equalities, "inequality": inequalities, "lower": n, "upper": n}
-    for name, size in sizes.items():
-        value = getattr(answer, name)
-        if np.shape(value) != (size,) and (value is not None or name == "primal"):
-            message = f"returned {name} of shape {np.shape(value)}, expected {(size,)}"
-            return Point(initial, Status.BACKEND_ERROR, message=message)
-    return answer
-
-
-def bound_multipliers(forces: Array) -> dict[str, Any]:
-    """``lower`` and ``upper`` of a ``Point`` from multipliers that are positive at upper bounds."""
-    return {"lower": np.maximum(-forces, 0), "upper": np.maximum(forces, 0)}
-
-
 class OutOfTime(Exception):
     """``Options.time_limit`` is over; ``Adapter.attempt`` makes it a status."""
 
@@ -443,7 +406,9 @@ class Batch:
         """Some samples, by index."""
         rows = {name: getattr(self, name)[samples] for name in ("lower", "upper", "initial")}
         parameters = tuple(p if p.ndim == 1 else p[samples] for p in self.parameters)
-        warm = None if self.warm_start is None else [self.warm_start[i] for i in samples]
+        warm = self.warm_start
+        if warm is not None:
+            warm = warm.take(samples) if isinstance(warm, Points) else [warm[i] for i in samples]
         return replace(self, parameters=parameters, warm_start=warm, known=None, **rows)
 
     def __getitem__(self, i: int) -> Instance:
@@ -479,7 +444,7 @@ class Adapter(abc.ABC):
         """Why it takes ``program`` for no numbers at all, beyond what ``Method`` tells; empty if it may."""
         return ""
 
-    def solve_batch(self, batch: Batch) -> list[Point]:
+    def solve_batch(self, batch: Batch) -> Sequence[Point]:
         """Attempt every sample; override where the backend can do better than a loop."""
         points = [self.attempt(batch[i]) for i in range(len(batch))]
         fallback = next((point.fallback for point in points if point.fallback), "")
@@ -487,7 +452,7 @@ class Adapter(abc.ABC):
             warn_caller(fallback, FallbackWarning)
         return points
 
-    def attempt_batch(self, batch: Batch) -> list[Point]:
+    def attempt_batch(self, batch: Batch) -> Points:
         """``solve_batch``, where an exception of the backend's own fails its samples alone.
 
         Raises:
@@ -500,11 +465,11 @@ class Adapter(abc.ABC):
             raise
         except Exception:  # of some sample: ask one by one
             answers = [self.attempt(batch[i]) for i in range(len(batch))]
-        m, q = batch.program.equality.size, batch.program.inequality.size
         if not isinstance(answers, Sequence) or len(answers) != len(batch):
-            message = f"did not return a list of {len(batch)} points"
-            return [Point(z, Status.BACKEND_ERROR, message=message) for z in batch.initial]
-        return [as_point(answer, z, m, q) for answer, z in zip(answers, batch.initial, strict=True)]
+            points = Points.at(batch.program, batch.initial, Status.BACKEND_ERROR)
+            points.message[:] = [f"did not return a list of {len(batch)} points"] * len(batch)
+            return points
+        return Points.of(batch.program, answers, batch.initial)
 
     def attempt(self, instance: Instance) -> Point:
         """``solve``, where an exception of the backend's own fails that sample alone.
@@ -556,7 +521,7 @@ class BatchAdapter(Adapter):
     """An adapter that takes a batch as a whole; one sample is a batch of one."""
 
     @abc.abstractmethod
-    def solve_all(self, batch: Batch) -> list[Point]:
+    def solve_all(self, batch: Batch) -> Sequence[Point]:
         """Every sample; ``batch.given_up(i)`` where they are solved one after the other.
 
         Raises:
@@ -564,9 +529,10 @@ class BatchAdapter(Adapter):
         """
 
     def solve(self, instance: Instance) -> Point:
-        return self.solve_all(Batch.of(instance))[0]
+        point: Point = self.solve_all(Batch.of(instance))[0]
+        return point
 
-    def solve_batch(self, batch: Batch) -> list[Point]:
+    def solve_batch(self, batch: Batch) -> Sequence[Point]:
         with interruptible():
             return self.solve_all(batch)
 

@@ -24,9 +24,10 @@ from typing import Any
 
 import numpy as np
 
-from ddn_solvers.adapter import Adapter, Batch, Point
+from ddn_solvers.adapter import Adapter, Batch
 from ddn_solvers.derived import FORMS
 from ddn_solvers.errors import BackendNotInstalled, ProblemError
+from ddn_solvers.points import Points
 from ddn_solvers.problem import Problem
 from ddn_solvers.program import Program, compile_program
 from ddn_solvers.solution import Status
@@ -36,7 +37,7 @@ _LATE = 5.0  # seconds over its time limit after which a process is given up
 _REMEMBERED = 16  # programs that a worker keeps
 
 
-def attempt_batch(adapter: Adapter, batch: Batch) -> list[Point]:
+def attempt_batch(adapter: Adapter, batch: Batch) -> Points:
     """``adapter.attempt_batch`` in worker processes, ``batch.options.workers`` of them.
 
     Raises:
@@ -45,18 +46,20 @@ def attempt_batch(adapter: Adapter, batch: Batch) -> list[Point]:
         ProblemError: The problem cannot be sent to another process.
     """
     shares = np.array_split(np.arange(len(batch)), min(batch.options.workers, len(batch)))
-    points: list[Point] = []
+    parts: list[Points] = []
     for share, found in zip(shares, _together(adapter, [batch.take(share) for share in shares]), strict=True):
         if not isinstance(found, _Lost):
-            points += found
+            parts.append(found)
         elif len(share) == 1:
-            points.append(Point(batch.initial[share[0]], found.status, message=found.message))
+            lost = Points.at(batch.program, batch.initial[share], found.status)
+            lost.message[0] = found.message
+            parts.append(lost)
         else:
-            points += [attempt_batch(adapter, batch.take([i]))[0] for i in share]
-    return points
+            parts += [attempt_batch(adapter, batch.take([i])) for i in share]
+    return Points.joined(parts)
 
 
-def _together(adapter: Adapter, parts: list[Batch]) -> list[list[Point] | _Lost]:
+def _together(adapter: Adapter, parts: list[Batch]) -> list[Points | _Lost]:
     """The points of each part, each part in a worker of its own, all at the same time."""
     program, limit = parts[0].program, parts[0].options.time_limit
     sent = program.memo("isolated", lambda: _Sent(uuid.uuid4().hex, _declaration(program)))
@@ -234,10 +237,10 @@ def _prepare(key: str, declaration: bytes) -> None:
         del _PROGRAMS[next(iter(_PROGRAMS))]
 
 
-def _solve(key: str, job: bytes) -> list[Point] | None:
+def _solve(key: str, job: bytes) -> Points | None:
     """The points; ``None`` where the program has not been prepared."""
     if key not in _PROGRAMS:
         return None
     adapter, arguments = pickle.loads(job)
-    points: list[Point] = adapter.attempt_batch(Batch(_PROGRAMS[key], **arguments))
+    points: Points = adapter.attempt_batch(Batch(_PROGRAMS[key], **arguments))
     return points

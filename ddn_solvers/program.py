@@ -237,6 +237,11 @@ class Program(Evaluators):
         }
         return frozenset(feature for feature, there in present.items() if there)
 
+    @property
+    def bounded(self) -> bool:
+        """Whether any variable has a bound declared."""
+        return Feature.BOUNDS in self.features
+
     # -- evaluation --------------------------------------------------------------------------------
 
     def coefficients(self, parameters: Sequence[Array], batch: int | None = None) -> Coefficients:

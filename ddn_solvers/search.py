@@ -5,13 +5,12 @@ from __future__ import annotations
 import enum
 import time
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import torch
 
 from ddn_solvers import isolation
-from ddn_solvers.adapter import Adapter, Batch, Feature, Method, Options, Point
+from ddn_solvers.adapter import Adapter, Batch, Method, Options
 from ddn_solvers.arrays import Array, Index, Mask
 from ddn_solvers.binding import check_finite
 from ddn_solvers.derived import scaled, with_extra
@@ -20,6 +19,7 @@ from ddn_solvers.errors import BackendCannotSolve
 from ddn_solvers.kkt.multipliers import NEARLY_ON_KINK, least_squares_multipliers, with_kink_forces
 from ddn_solvers.kkt.polish import polish
 from ddn_solvers.kkt.verify import Verified, judge, verify, verify_from
+from ddn_solvers.points import MULTIPLIERS, Points
 from ddn_solvers.policy import Policy
 from ddn_solvers.program import Program
 from ddn_solvers.residuals import Bound, Evaluation, PrimalDual
@@ -89,7 +89,7 @@ class Search:
     routes: list[Route]
     options: Options
     initial: Array | None
-    warm_start: list[Point] | None
+    warm_start: Points | None
     newton_first: bool = False  # see ``routing.newton_first``
     status: list[Status] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
@@ -201,7 +201,7 @@ class Search:
         elif start is Start.GIVEN and self.initial is not None:
             z += self.initial
         elif start is Start.GIVEN and self.warm_start is not None and len(self.warm_start) == len(z):
-            z = np.stack([point.primal for point in self.warm_start])
+            z = self.warm_start.primal
         inside: Array = np.clip(z, lower, np.maximum(lower, upper))
         return inside
 
@@ -210,7 +210,7 @@ class Search:
         self.reasons, self.backend, self.method = [""] * samples, [""] * samples, [""] * samples
         self.iterations = [None] * samples
 
-    def _call(self, route: Route, bound: Bound, initial: Array, samples: Index) -> list[Point]:
+    def _call(self, route: Route, bound: Bound, initial: Array, samples: Index) -> Points:
         """The backend's points; an exception of its own fails the samples, not the program."""
         warm = self._warm(samples) if route.start is Start.GIVEN else None
         program, n, parameters = self.program, initial.shape[1], bound.parameters
@@ -237,18 +237,16 @@ class Search:
             points = attempt(route.adapter, batch)
         finally:
             self.phases["backend"] += time.perf_counter() - started
-        points = [self._finite(point, z) for point, z in zip(points, start, strict=True)]
+        points = _finite(points, start)
         if route.form is Form.SCALED:
-            return [_unscaled(*each) for each in zip(points, unit[:, 0], energy[:, 0], strict=True)]
-        return [self._lowered(point) for point in points] if route.form is Form.LIFTED else points
+            return _unscaled(points, unit, energy)
+        return self._lowered(points) if route.form is Form.LIFTED else points
 
-    def _lowered(self, point: Point) -> Point:
-        """A point of the lifted problem as one of the problem itself."""
+    def _lowered(self, points: Points) -> Points:
+        """Points of the lifted problem as those of the problem itself."""
         n, q = self.program.variables.size, self.program.inequality.size
         lengths = {"primal": n, "inequality": q, "lower": n, "upper": n}
-        whole = {name: getattr(point, name) for name in lengths}
-        parts: dict[str, Any] = {k: None if v is None else v[: lengths[k]] for k, v in whole.items()}
-        return replace(point, **parts)
+        return replace(points, **{name: getattr(points, name)[:, :size] for name, size in lengths.items()})
 
     def _has_concave_kinks(self, bound: Bound, z: Array) -> bool:
         """Whether some |r| lowers the objective, or an inequality, where the search starts: t has no limit then."""
@@ -256,12 +254,6 @@ class Search:
         here = self._measured(bound, z)
         here.point.y[:, program.equality.size : program.constraints] = 1.0
         return bool((here.kink_weights < 0).any())
-
-    def _finite(self, point: Point, initial: Array) -> Point:
-        if not np.isfinite(point.primal).all():
-            status = Status.NUMERICAL_ERROR if point.status is Status.OPTIMAL else point.status
-            return Point(initial, status, message=point.message or "returned numbers that are not finite")
-        return point
 
     def _newton(self, given: Array, bound: Bound, best: PrimalDual, open_: Mask) -> None:
         """Newton's method from where the search begins, as the polish has it; no backend where that does."""
@@ -288,14 +280,14 @@ class Search:
             self.iterations[i] = int(polished.steps[near[k]])
             self.status[i], open_[i] = Status.OPTIMAL, False
 
-    def _warm(self, samples: Index) -> list[Point] | None:
+    def _warm(self, samples: Index) -> Points | None:
         """The warm start of some samples, if there is one for this batch."""
         if self.warm_start is None or len(self.warm_start) != len(self.status):
             return None
-        return [self.warm_start[i] for i in samples]
+        return self.warm_start.take(samples)
 
     def _judge(
-        self, route: Route, points: list[Point], bound: Bound, samples: Index, best: PrimalDual, open_: Mask
+        self, route: Route, points: Points, bound: Bound, samples: Index, best: PrimalDual, open_: Mask
     ) -> None:
         """Verify what a backend returned; keep the better of old and new, close what is solved."""
         verified = self._verify(points, bound, samples)
@@ -307,18 +299,20 @@ class Search:
             taken.append(k)
             before = f"solved by {route}, after: {self.status[i].value}" if self.backend[i] else ""
             self.backend[i], self.method[i] = route.backend, route.method.name
-            self.iterations[i] = points[k].iterations
-            self.status[i], reason = _verdict(points[k], verified.status[k], verified.reasons[k])
+            self.iterations[i] = points.iterations[k]
+            self.status[i], reason = _verdict(
+                points.status[k], points.message[k], verified.status[k], verified.reasons[k]
+            )
             self.reasons[i] = "; ".join(text for text in (before, reason) if text)
             z = verified.evaluation.point.z[k]
             open_[i] = not (solved or self._proved(bound.take([int(i)]), z, self.status[i]))
         best.put(samples[taken], verified.evaluation.point, taken)
 
-    def _verify(self, points: list[Point], bound: Bound, samples: Index) -> Verified:
+    def _verify(self, points: Points, bound: Bound, samples: Index) -> Verified:
         part = bound.take(samples)
 
         def start(some: Index, nearly: float) -> PrimalDual:
-            return _with_multipliers(self.program, part.take(some), [points[i] for i in some], nearly)
+            return _with_multipliers(self.program, part.take(some), points.take(some), nearly)
 
         verified = self._credible(
             verify_from(self.program, part, start, self.policy, self.dtype), part, samples
@@ -425,6 +419,19 @@ class Search:
         return self.verified
 
 
+def _finite(points: Points, initial: Array) -> Points:
+    """The points; those that are not finite are failures where they began."""
+    lost = ~np.isfinite(points.primal).all(axis=1)
+    points.primal[lost] = initial[lost]
+    for name in MULTIPLIERS:
+        getattr(points, name)[lost] = np.nan
+    for i in np.flatnonzero(lost):
+        if points.status[i] is Status.OPTIMAL:
+            points.status[i] = Status.NUMERICAL_ERROR
+        points.message[i] = points.message[i] or "returned numbers that are not finite"
+    return points
+
+
 def _scales(measured: Evaluation) -> tuple[Array, Array]:
     """Unit and energy of the scaled problem, powers of two, (B, 1) each: its numbers are then about one."""
     unit = measured.length
@@ -437,32 +444,30 @@ def _scales(measured: Evaluation) -> tuple[Array, Array]:
     return rounded(unit), rounded(energy)
 
 
-def _unscaled(point: Point, unit: float, energy: float) -> Point:
-    """A point of the scaled problem as one of the problem itself."""
-    multipliers = ("equality", "inequality", "lower", "upper")
-    given = {name: getattr(point, name) for name in multipliers}
-    parts: dict[str, Any] = {k: None if v is None else v * (energy / unit) for k, v in given.items()}
-    return replace(point, primal=point.primal * unit, **parts)
+def _unscaled(points: Points, unit: Array, energy: Array) -> Points:
+    """Points of the scaled problem as those of the problem itself."""
+    multipliers = {name: getattr(points, name) * (energy / unit) for name in MULTIPLIERS}
+    return replace(points, primal=points.primal * unit, **multipliers)
 
 
-def _verdict(point: Point, verified: Status, reason: str) -> tuple[Status, str]:
+def _verdict(claim: Status, message: str, verified: Status, reason: str) -> tuple[Status, str]:
     if verified is Status.OPTIMAL:
-        return verified, "" if point.status is Status.OPTIMAL else point.message
-    if point.status is Status.OPTIMAL or verified is Status.NOT_A_MINIMUM:
+        return verified, "" if claim is Status.OPTIMAL else message
+    if claim is Status.OPTIMAL or verified is Status.NOT_A_MINIMUM:
         return verified, reason
-    said = f"the backend says: {point.message}" if point.message else ""
-    return point.status, "; ".join(text for text in (said, reason) if text)
+    said = f"the backend says: {message}" if message else ""
+    return claim, "; ".join(text for text in (said, reason) if text)
 
 
 def _with_multipliers(
-    program: Program, bound: Bound, points: list[Point], nearly: float = NEARLY_ON_KINK[0]
+    program: Program, bound: Bound, points: Points, nearly: float = NEARLY_ON_KINK[0]
 ) -> PrimalDual:
     """The backend's multipliers where it gave them all, else those of least squares."""
-    z = np.stack([point.primal for point in points]).astype(float)
+    z = points.primal
     start = PrimalDual.resting(program, bound.parameters, z)
     if program.degree("objective") == 0:  # feasibility: nothing pushes against the constraints
         return start
-    (equality, inequality, lower, upper), missing = _given_multipliers(program, points)
+    (equality, inequality, lower, upper), missing = points.multipliers(program.bounded)
     start.y[:, : program.constraints] = np.concatenate([equality, inequality], axis=1)
     start = replace(start, lower=lower, upper=upper)
     start = with_kink_forces(program, bound, start, nearly)
@@ -472,22 +477,3 @@ def _with_multipliers(
         for source, sample in enumerate(without):
             start.put(int(sample), found, source)
     return start
-
-
-def _given_multipliers(program: Program, points: list[Point]) -> tuple[list[Array], Mask]:
-    """Of equalities, inequalities, lower and upper bounds, (B, size) each, and who lacks some, (B,); zero there."""
-    n, bounded = program.variables.size, Feature.BOUNDS in program.features
-    parts, missing = [], np.zeros(len(points), dtype=bool)
-    for name, size, needed in (
-        ("equality", program.equality.size, True),
-        ("inequality", program.inequality.size, True),
-        ("lower", n, bounded),
-        ("upper", n, bounded),
-    ):
-        values, zero = [getattr(point, name) for point in points], np.zeros(size)
-        rows = [zero if value is None else np.reshape(value, size) for value in values]
-        parts.append(np.array(rows, dtype=float).reshape(len(points), size))
-        if size and needed:
-            missing |= np.array([value is None for value in values], dtype=bool)
-        missing |= ~np.isfinite(parts[-1]).all(axis=1)
-    return [np.where(missing[:, None], 0.0, part) for part in parts], missing

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddn_solvers.adapter import Options, Point
+from ddn_solvers.adapter import Options
 from ddn_solvers.arrays import Array
 from ddn_solvers.assembly import assemble
 from ddn_solvers.binding import Binding, bind, flat_batch, flat_point, initial_batch
@@ -25,6 +25,7 @@ from ddn_solvers.errors import (
 )
 from ddn_solvers.implicit import Operation, Outputs, apply
 from ddn_solvers.layout import Layout
+from ddn_solvers.points import Points
 from ddn_solvers.policy import Policy, as_policy
 from ddn_solvers.problem import Problem, as_problem
 from ddn_solvers.program import Program, compile_program
@@ -194,7 +195,7 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _warm_points(program: Program, warm_start: Solution | None, binding: Binding) -> list[Point] | None:
+def _warm_points(program: Program, warm_start: Solution | None, binding: Binding) -> Points | None:
     """An earlier solution as points, detached; it must be of the same batch."""
     if warm_start is None:
         return None
@@ -212,18 +213,17 @@ def _warm_points(program: Program, warm_start: Solution | None, binding: Binding
     def flat(layout: Layout, tensors: Mapping[str, torch.Tensor]) -> Array:
         return np.nan_to_num(flat_batch(layout, tensors, binding.samples))
 
-    dual = warm_start.dual
-    arrays = (
+    dual, samples = warm_start.dual, binding.samples
+    return Points(
         flat(program.variables, warm_start.primal),
+        list(warm_start.status),
         flat(program.equality, dual.equality),
         flat(program.inequality, dual.inequality),
         flat(program.variables, dual.lower),
         flat(program.variables, dual.upper),
+        [None] * samples,
+        [""] * samples,
     )
-    return [
-        Point(z, status, equality=nu, inequality=lam, lower=left, upper=right)
-        for z, nu, lam, left, right, status in zip(*arrays, warm_start.status, strict=True)
-    ]
 
 
 # -- failures -----------------------------------------------------------------------------------------

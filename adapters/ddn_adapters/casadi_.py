@@ -28,6 +28,7 @@ from ddn_solvers.adapter import (
     Instance,
     Method,
     Point,
+    Points,
     ProblemClass,
     ProblemError,
     Status,
@@ -158,24 +159,25 @@ class CasADiAdapter(Adapter):
             raise self._refusal(instance, "Invalid_Option, as of a linear solver that is not installed")
         return self._point(instance, [column.full().ravel() for column in found], stats)
 
-    def solve_batch(self, batch: Batch) -> list[Point]:
+    def solve_batch(self, batch: Batch) -> Sequence[Point]:
         """QPs all at once in compiled code; one by one what is not solved so, to learn why."""
         if batch.method in _NLPSOL:
             return super().solve_batch(batch)
         try:
             with interruptible(), _silent(batch.method):
-                *found, residual = self._model(batch).solve_batch(batch)
+                x, rows, bounds, residual = self._model(batch).solve_batch(batch)
         except RuntimeError:  # of one sample, and none says which
             return super().solve_batch(batch)
         # Stopped at a limit it leaves multipliers that are not finite, now and then.
-        solved = (residual[:, 0] <= _SOLVED) & np.all([np.isfinite(a).all(axis=1) for a in found], axis=0)
-        stats = {"return_status": "solved by a map", "success": True}
-        return [
-            self._point(batch[i], [numbers[i] for numbers in found], stats)
-            if solved[i]
-            else self.attempt(batch[i])
-            for i in range(len(batch))
-        ]
+        solved = residual[:, 0] <= _SOLVED
+        solved &= np.isfinite(x + bounds).all(axis=1) & np.isfinite(rows).all(axis=1)
+        points = Points.at(batch.program, batch.initial, Status.OPTIMAL)
+        points.primal[:], m = x, batch.program.equality.size
+        points.message[:] = [f"{batch.method}: solved by a map"] * len(batch)
+        points.put_forces(slice(None), bounds, rows[:, :m], rows[:, m:])
+        for i in np.flatnonzero(~solved):
+            points.put(i, self.attempt(batch[int(i)]))
+        return points
 
     def _point(self, instance: Instance, found: Sequence[Array], stats: Mapping[str, Any]) -> Point:
         (x, lam_g, lam_x), m = found, instance.program.equality.size

@@ -7,8 +7,6 @@ The same solver is in CasADi; called directly it takes a third of the time.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from ddn_solvers.adapter import (
@@ -20,9 +18,9 @@ from ddn_solvers.adapter import (
     Feature,
     Method,
     Point,
+    Points,
     ProblemClass,
     Status,
-    bound_multipliers,
 )
 
 _STATUS = {
@@ -68,7 +66,7 @@ class DAQPAdapter(BatchAdapter):
         ),
     )
 
-    def solve_all(self, batch: Batch) -> list[Point]:
+    def solve_all(self, batch: Batch) -> Points:
         """The coefficients of all samples at once, then one after the other."""
         import daqp
 
@@ -76,48 +74,42 @@ class DAQPAdapter(BatchAdapter):
         settings = self.native(batch)
         P = np.ascontiguousarray(program.hessian_pattern.dense(given.hessian))
         J = np.ascontiguousarray(program.jacobian_pattern.dense(given.jacobian))
-        m, n = program.equality.size, program.variables.size
-        upper = np.concatenate([batch.upper, -given.constraints], axis=1)
-        lower = np.concatenate([batch.lower, -given.constraints], axis=1)
+        m, n = program.equality.size, program.variables.size if program.bounded else 0
+        upper = np.concatenate([batch.upper[:, :n], -given.constraints], axis=1)
+        lower = np.concatenate([batch.lower[:, :n], -given.constraints], axis=1)
         lower[:, n + m :] = -np.inf
         lower, upper = np.maximum(lower, -1e30), np.minimum(upper, 1e30)  # what it takes for none
-        kinds = np.zeros(lower.shape[1], dtype=np.int32)
-        kinds[n : n + m] = _EQUALITY
-        fixed = np.where(batch.lower == batch.upper, _EQUALITY, 0).astype(np.int32)
-        points = []
+        sense = np.zeros(lower.shape, dtype=np.int32)
+        sense[:, :n] = np.where(batch.lower == batch.upper, _EQUALITY, 0)[:, :n]
+        sense[:, n : n + m] = _EQUALITY
+        # Of an LP it moves by proximal steps, whose length is absolute.
+        steepest, linear = np.abs(given.gradient).max(axis=1, initial=0.0), ~given.hessian.any(axis=1)
+        unit = np.where(linear & (steepest > 0) & np.isfinite(steepest), steepest, 1.0)
+        slopes, forces = given.gradient / unit[:, None], np.zeros(lower.shape)
+        points, seen = Points.at(program, batch.initial, Status.BACKEND_ERROR), []
         for i in range(len(batch)):
             late = batch.given_up(i)
             if late is not None:
-                points.append(late)
+                points.put(i, late)
                 continue
-            sense = kinds.copy()
-            sense[:n] = fixed[i]
-            # Of an LP it moves by proximal steps, whose length is absolute.
-            steepest = np.abs(given.gradient[i]).max(initial=0.0)
-            unit = float(steepest) if steepest > 0 and np.isfinite(steepest) and not P[i].any() else 1.0
-            start = self._start(batch.warm_start[i] if batch.warm_start else None, unit)
-            found = daqp.solve(
-                P[i], given.gradient[i] / unit, J[i], upper[i], lower[i], sense, **settings, **start
+            start = _start(batch.warm_start[i], m + n, unit[i]) if batch.warm_start else {}
+            z, _, flag, info = daqp.solve(
+                P[i], slopes[i], J[i], upper[i], lower[i], sense[i], **settings, **start
             )
-            points.append(self._point(found, m, n, batch.initial[i], unit))
+            points.primal[i], forces[i] = z, info["lam"]
+            points.status[i] = _STATUS.get(int(flag), Status.NUMERICAL_ERROR)
+            points.iterations[i], points.message[i] = int(info["iterations"]), f"daqp: {int(flag)}"
+            seen.append(i)
+        forces *= unit[:, None]
+        points.put_forces(seen, *np.split(forces[seen], [n, n + m], axis=1))
         return points
 
-    def _start(self, warm: Point | None, unit: float) -> dict[str, Array]:
-        parts = None if warm is None else (warm.lower, warm.upper, warm.equality, warm.inequality)
-        if warm is None or parts is None or any(part is None for part in parts):
-            return {}
-        lower, upper, equality, inequality = parts
-        return {"dual_start": np.concatenate([upper - lower, equality, inequality]) / unit}  # type: ignore[operator]  # none is None
 
-    def _point(self, found: tuple[Any, ...], m: int, n: int, initial: Array, unit: float) -> Point:
-        z, _, flag, info = found
-        multipliers, finite = unit * np.asarray(info["lam"], dtype=float), np.isfinite(z).all()
-        return Point(
-            np.asarray(z, dtype=float) if finite else initial,
-            _STATUS.get(int(flag), Status.NUMERICAL_ERROR) if finite else Status.NUMERICAL_ERROR,
-            equality=multipliers[n : n + m],
-            inequality=multipliers[n + m :],
-            iterations=int(info["iterations"]),
-            message=f"daqp: {int(flag)}",
-            **bound_multipliers(multipliers[:n]),
-        )
+def _start(warm: Point | None, leading: int, unit: float) -> dict[str, Array]:
+    """The multipliers of an earlier solution, if all are there: of bounds, where there are any, then of rows."""
+    parts = None if warm is None else (warm.lower, warm.upper, warm.equality, warm.inequality)
+    if parts is None or any(part is None for part in parts):
+        return {}
+    lower, upper, equality, inequality = parts
+    bounds = (upper - lower)[: leading - len(equality)]  # type: ignore[operator, arg-type]  # none is None
+    return {"dual_start": np.concatenate([bounds, equality, inequality]) / unit}

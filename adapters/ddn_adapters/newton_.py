@@ -31,10 +31,9 @@ from ddn_solvers.adapter import (
     Dialect,
     Feature,
     Method,
-    Point,
+    Points,
     ProblemClass,
     Status,
-    bound_multipliers,
 )
 from ddn_solvers.arrays import unit_without_symmetry
 
@@ -94,22 +93,22 @@ class NewtonAdapter(BatchAdapter):
     def where(self, name: str) -> str:
         return f"newton:{name}"
 
-    def solve_all(self, batch: Batch) -> list[Point]:
+    def solve_all(self, batch: Batch) -> Points:
         """All samples together, and so their time."""
         settings = self.native(batch)
         deadline = min(batch.options.deadline, time.monotonic() + settings["time_limit"] * len(batch))
         steps, tolerance = int(settings["max_iter"]), settings["tolerance"]
-        size, points = batch.initial.shape[1] + batch.program.constraints, []
+        size, parts = batch.initial.shape[1] + batch.program.constraints, []
         at_once = max(1, _AT_ONCE // max(1, size**2))
         with np.errstate(all="ignore"):  # a sample that runs off is judged, not computed with
             for start in range(0, len(batch), at_once):
                 part = batch.take(range(start, min(start + at_once, len(batch))))
-                points += _solve_all(part, steps, tolerance, deadline)
-        return points
+                parts.append(_solve_all(part, steps, tolerance, deadline))
+        return Points.joined(parts)
 
 
-def _solve_all(batch: Batch, max_iter: int, tolerance: float, deadline: float) -> list[Point]:
-    points: dict[int, Point] = {}
+def _solve_all(batch: Batch, max_iter: int, tolerance: float, deadline: float) -> Points:
+    points = Points.at(batch.program, batch.initial, Status.ITERATION_LIMIT)
     at, open_ = _Iterates.at_start(batch), np.ones(len(batch), dtype=bool)
     status, steps = Status.ITERATION_LIMIT, max_iter
     for count in range(1, max_iter + 1):
@@ -117,9 +116,8 @@ def _solve_all(batch: Batch, max_iter: int, tolerance: float, deadline: float) -
             status, steps = Status.TIME_LIMIT, count - 1
             break
         arrived, stuck = at.advance(open_, tolerance)
-        for k in np.flatnonzero(open_ & (arrived | stuck)):
-            said = Status.OPTIMAL if arrived[k] else Status.NUMERICAL_ERROR
-            points[at.samples[k]] = at.point(k, said, count)
+        at.put(points, open_ & arrived, Status.OPTIMAL, count)
+        at.put(points, open_ & stuck & ~arrived, Status.NUMERICAL_ERROR, count)
         open_ &= ~(arrived | stuck)
         if not open_.any():
             break
@@ -129,9 +127,8 @@ def _solve_all(batch: Batch, max_iter: int, tolerance: float, deadline: float) -
         if half < len(open_):
             left = np.argsort(~open_, kind="stable")[:half]
             at, open_ = at.take(left), open_[left]
-    for k in np.flatnonzero(open_):
-        points[at.samples[k]] = at.point(k, status, steps)
-    return [points[i] for i in range(len(batch))]
+    at.put(points, open_, status, steps)
+    return points
 
 
 @dataclass(frozen=True)
@@ -251,18 +248,21 @@ class _Iterates:
         )
         return _Iterates(self.program, self.samples[rows], parameters, self.sides.take(rows), *of_samples)
 
-    def point(self, i: Any, status: Status, iterations: int) -> Point:
-        z, y, k = self.z[i].copy(), self.y[i].copy(), self.k[i]
-        message = (
-            "no step, or no part of it, lowers the merit function" if status is Status.NUMERICAL_ERROR else ""
-        )
-        if not np.isfinite(z).all() or not np.isfinite(y).all() or not np.isfinite(k).all():
-            return Point(z, Status.NUMERICAL_ERROR, iterations=iterations, message=message)
-        q = self.program.inequality.size
-        lower, upper = bound_multipliers(-self.forces[i]).values()
-        if len(k) > q:
-            lower, upper = lower + k[q : q + len(z)], upper + k[q + len(z) :]
-        return Point(z, status, y, k[:q].copy(), lower, upper, iterations, message)
+    def put(self, points: Points, which: Any, status: Status, iterations: int) -> None:
+        """Say of the samples ``which``, (B,) bool, where they are now."""
+        rows, (n, q) = self.samples[which], (self.z.shape[1], self.program.inequality.size)
+        points.primal[rows], k = self.z[which], self.k[which]
+        points.put_forces(rows, -self.forces[which], self.y[which], k[:, :q])
+        if k.shape[1] > q:
+            points.lower[rows] += k[:, q : q + n]
+            points.upper[rows] += k[:, q + n :]
+        finite = np.isfinite(points.primal[rows]).all(axis=1) & np.isfinite(self.y[which]).all(axis=1)
+        finite &= np.isfinite(k).all(axis=1)
+        for i, good in zip(rows, finite, strict=True):
+            points.status[i] = status if good else Status.NUMERICAL_ERROR
+            points.iterations[i] = iterations
+            if status is Status.NUMERICAL_ERROR:
+                points.message[i] = "no step, or no part of it, lowers the merit function"
 
     def advance(self, open_: Any, tolerance: float) -> tuple[Any, Any]:
         """Take a step with the samples that are ``open_``; who has arrived, and who is stuck, (B,) bool each."""

@@ -6,6 +6,7 @@ checked to 1e-5, multipliers to 1e-4: polish comes later.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +79,7 @@ def check_adapter(
     options: Options | None = None,
     point_tolerance: float = 1e-5,
     dual_tolerance: float = 1e-4,
-) -> list[Point]:
+) -> Sequence[Point]:
     """Hold one method of an adapter to its contract on one case; returns the points of the samples.
 
     What routing never hands to the method is passed over. A case whose non-convexity no graph shows, and
@@ -126,7 +127,7 @@ def check_adapter(
     return points
 
 
-def _check_statuses(case: Case, points: list[Point]) -> None:
+def _check_statuses(case: Case, points: Sequence[Point]) -> None:
     for i, point in enumerate(points):
         assert point.status in case.statuses, (
             f"{case}, sample {i}: {point.status} ({point.message}), expected one of "

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -157,7 +157,7 @@ class AdapterConformance:
 
     # -- how --------------------------------------------------------------------------------------
 
-    def _check(self, method: str, case: Case, options: Options | None = None) -> list[Point]:
+    def _check(self, method: str, case: Case, options: Options | None = None) -> Sequence[Point]:
         tolerances = {"point_tolerance": self.point_tolerance, "dual_tolerance": self.dual_tolerance}
         return check_adapter(self.adapter, method, case, options=options, **tolerances)
 
