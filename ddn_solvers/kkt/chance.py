@@ -31,12 +31,16 @@ def unsettled(
     condition: Array,
     predicted: Array,
     policy: Policy,
+    nearby: System | None,
 ) -> Mask:
     """Regular samples whose KKT matrix is another at points as good as these: what its inverse says is then chance.
 
     So it is at the minimum of u^4, or where two circles touch. K^-1 (K' - K) is estimated along the direction that K^-1
     enlarges most, K' being the matrix farther off than the solution can be by the ``predicted`` step; only where the
     curvature of some variable, or K as a whole, gives reason to.
+
+    Args:
+        nearby: A system factored near these points with this active set, if there is one for the batch.
     """
     found = np.zeros(len(singular), dtype=bool)
     if evaluation.program.quadratic:
@@ -58,7 +62,10 @@ def unsettled(
     here = evaluation.take(some)
     moved = replace(here.point, z=farther[some])
     there = here.at_known(moved, Evaluation.at(here.program, here.bound, moved).first)
-    system = kkt_system(here, active.take(some), linear_solver=policy.linear_solver)
+    if nearby is not None and len(some) == len(singular):
+        system = nearby.moved(here.H, here.J)
+    else:
+        system = kkt_system(here, active.take(some), linear_solver=policy.linear_solver)
     n, force, reach = active.n, here.force, here.reach
     v, vector = np.zeros_like(here.size), without_symmetry(n + reach.shape[1])
     x, t = _solved(system, vector[:n] * force / here.size, vector[n:] * reach, v)

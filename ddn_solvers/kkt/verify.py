@@ -163,9 +163,10 @@ def judge(polished: Polished, policy: Policy, dtype: torch.dtype, minimum: bool 
         alone = without_pull(evaluation.take(lost), active.take(lost), gone[lost])
         stationarity[lost], singular[lost], decides[lost] = alone.scaled_stationarity, True, True
     singular |= entangled(evaluation)
-    singular |= unsettled(evaluation, active, singular, condition, predicted, policy)
-    reusable = not singular.any() and np.array_equal(polished.working.sides, active.sides)
-    nearby = polished.system if reusable else None
+    same = np.array_equal(polished.working.sides, active.sides)
+    nearby = polished.system if same and not singular.any() else None
+    singular |= unsettled(evaluation, active, singular, condition, predicted, policy, nearby)
+    nearby = None if singular.any() else nearby
     convex = nearby is not None and program.quadratic and nearby.convex
     asked = minimum and program.may_be_nonconvex
     bent = descending(evaluation, active, convex) if asked else np.zeros(batch, dtype=bool)
