@@ -93,8 +93,8 @@ def bind(
         for tensor, (name, shape) in zip(tensors, declared.items(), strict=True)
     ]
     try:
-        whole = tuple(torch.broadcast_shapes(*own, batch))
-    except RuntimeError as error:
+        whole = np.broadcast_shapes(*own, batch)  # torch's own takes ten times as long
+    except ValueError as error:
         sizes = ", ".join(f"{name} {tuple(b)}" for name, b in zip(declared, own, strict=True))
         sizes += f", the given point {tuple(batch)}" if batch else ""
         raise ProblemError("the batch dimensions do not broadcast against each other", got=sizes) from error

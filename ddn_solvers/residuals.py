@@ -83,10 +83,9 @@ class Bound:
     @staticmethod
     def of(program: Program, parameters: tuple[Array, ...], samples: int) -> Bound:
         """Bounds evaluated, and of an LP or QP the coefficients."""
-        n = program.variables.size
-        lower, upper = (
-            np.ascontiguousarray(np.broadcast_to(side, (samples, n))) for side in program.bounds(parameters)
-        )
+        lower, upper = np.full((2, samples, program.variables.size), [[[-np.inf]], [[np.inf]]])
+        if program.bounded:
+            lower[:], upper[:] = program.bounds(parameters)
         known = program.coefficients(parameters, samples) if program.quadratic else None
         return Bound(parameters, lower, upper, known)
 
