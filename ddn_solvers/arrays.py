@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
 Index = np.ndarray[Any, np.dtype[np.intp]]
 
-_SMALL = 10_000  # numbers of which another array costs less than another call
+_SHORT = 1000  # numbers under one maximum of which another array costs less than another pass
 
 
 def without_symmetry(n: int) -> Array:
@@ -25,11 +26,12 @@ def unit_without_symmetry(n: int) -> Array:
     return vector / np.linalg.norm(vector)
 
 
-def largest(values: Array, axis: int | tuple[int, ...] = -1) -> Array:
-    """Maximum norm along an axis, or several; zero of nothing."""
+def largest(values: Array, axes: int = 1) -> Array:
+    """Maximum norm over the last axis, or so many of the last; zero of nothing."""
+    over: Any = tuple(range(values.ndim - axes, values.ndim)) if axes > 1 else -1
     found: Array
-    if values.size < _SMALL:
-        found = np.abs(values).max(axis=axis, initial=0.0)
+    if math.prod(values.shape[values.ndim - axes :]) < _SHORT:
+        found = np.abs(values).max(axis=over, initial=0.0)
     else:  # two passes, and no array of magnitudes
-        found = np.maximum(values.max(axis=axis, initial=0.0), -values.min(axis=axis, initial=0.0))
+        found = np.maximum(values.max(axis=over, initial=0.0), -values.min(axis=over, initial=0.0))
     return found

@@ -18,6 +18,7 @@ from __future__ import annotations
 import dis
 import functools
 import types
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -40,7 +41,9 @@ _SEQUENCES = (list, tuple, deque)
 _OF_MODULES = frozenset(key for key in vars(torch.nn.Module()) if key.startswith("_"))
 _MAX_DEPTH = 12
 _MAX_OBJECTS = 20_000  # a captured data set is not searched to its last item
-_MAX_COMPARED = 100_000  # entries of a constant up to which its content is compared, not only its version
+_MAX_COMPARED = (
+    100_000  # entries of a constant up to which its content is compared, not only a checksum of it
+)
 # Packages whose functions and objects hold no captures of the user's.
 _FOREIGN = (
     "torch",
@@ -155,7 +158,7 @@ def fingerprint(value: Any, is_input: bool) -> tuple[Any, ...]:
     if isinstance(value, np.ndarray):
         with temporarily_clear_interpreter_stack():
             numbers = value.dtype.kind in "fiu"
-            return ("array", *_content(torch.from_numpy(value) if numbers else value, id(value)))
+            return ("array", *_content(torch.from_numpy(value) if numbers else value))
     if isinstance(value, _SCALARS):
         return (type(value), repr(value))
     if isinstance(value, torch.nn.Module):
@@ -178,21 +181,22 @@ def _is_layer(value: Any) -> bool:
     return any(base.__module__ == "ddn_solvers.layer" for base in type(value).__mro__)
 
 
-def _content(value: Any, identity: int | None = None) -> tuple[Any, ...]:
-    """What tells one constant from another: its entries, where they are few enough to compare, else ``identity``."""
+def _content(value: Any) -> tuple[Any, ...]:
+    """What tells one constant from another: its entries, or where they are many their checksum."""
     if isinstance(value, FakeTensor):  # which the functions kept when they were traced
         return (value.dtype, tuple(value.shape), id(value))
     if not isinstance(value, torch.Tensor):
         return (value.dtype.str, value.shape, value.tobytes() if value.dtype.kind != "O" else id(value))
     if value.layout is not torch.strided:
         return (value.layout, tuple(value.shape), *map(_content, _sparse_parts(value)))
-    if value.device.type == "cpu" and value.numel() <= _MAX_COMPARED:
+    if value.device.type == "cpu":
         with temporarily_clear_interpreter_stack():  # else a torch.func transform in force would wrap it
             data = value.detach().resolve_conj().resolve_neg().contiguous().view(-1)
-            content = data.view(torch.uint8).numpy().tobytes() if data.numel() else b""
+            entries = data.view(torch.uint8).numpy().data if data.numel() else b""
+        content = zlib.crc32(entries) if value.numel() > _MAX_COMPARED else bytes(entries)
         return (value.dtype, tuple(value.shape), content)
     version = None if value.is_inference() else value._version
-    return (value.dtype, tuple(value.shape), id(value) if identity is None else identity, version)
+    return (value.dtype, tuple(value.shape), id(value), version)
 
 
 def _sparse_parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -87,9 +87,11 @@ class Points(Sequence[Point]):
     @staticmethod
     def of(program: Program, points: Sequence[Point], initial: Array) -> Points:
         """A list as one of these; what has not the shapes that it should have is a failure at ``initial``."""
-        if isinstance(points, Points) and points.primal.shape == initial.shape:
-            return points
         found = Points.at(program, initial, Status.BACKEND_ERROR)
+        if isinstance(points, Points):
+            wrong = points._unlike(found)
+            found.message[:] = [wrong] * len(found)
+            return found if wrong else points
         for i, (point, z) in enumerate(zip(points, initial, strict=True)):
             found.put(i, as_point(point, z, program.equality.size, program.inequality.size))
         return found
@@ -103,6 +105,14 @@ class Points(Sequence[Point]):
         for name in ("status", "iterations", "message"):
             whole[name] = [one for part in parts for one in getattr(part, name)]
         return Points(**whole)
+
+    def _unlike(self, other: Points) -> str:
+        """What has not the shape that it has there, if anything."""
+        for name, there in vars(other).items():
+            got, expected = np.shape(getattr(self, name)), np.shape(there)
+            if got != expected:
+                return f"returned {name} of shape {got}, expected {expected}"
+        return ""
 
     def put(self, i: Any, point: Point) -> None:
         """Make ``point`` that of sample i."""

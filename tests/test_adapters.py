@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,9 +19,11 @@ from ddn_solvers.adapter import (
     Adapter,
     BackendCannotSolve,
     Batch,
+    BatchAdapter,
     Instance,
     Options,
     Point,
+    Points,
     ProblemError,
     Status,
 )
@@ -223,6 +226,93 @@ def test_daqp_keeps_the_time_limit_of_the_call_between_samples() -> None:
     batch = make_batch(random_qp(6, 2, 4, seed=1, batch=(3,)), "active-set", Options(deadline=0.0))
     points = ADAPTERS["daqp"].solve_batch(batch)
     assert [point.status for point in points] == [Status.TIME_LIMIT] * 3
+
+
+@pytest.mark.parametrize("unit", [1e-6, 1.0, 1e6])
+def test_daqp_solves_linear_programs_in_any_unit(unit: float) -> None:
+    """Its proximal steps have a length of their own: costs of 1e6 went past the corner, or never reached it."""
+    problem, g = ddn.linear_program(6, 2, 6), torch.Generator().manual_seed(3)
+    A, u, c = (torch.rand(*size, generator=g, dtype=torch.float64) for size in ((2, 6), (6,), (6,)))
+    rows = {
+        "A": A,
+        "b": A @ u,
+        "G": -torch.eye(6, dtype=torch.float64),
+        "h": torch.zeros(6, dtype=torch.float64),
+    }
+    expected = ddn.solve(problem, {"c": c, **rows}, solver="highs")
+    found = ddn.solve(problem, {"c": unit * c, **rows}, solver="daqp")
+    assert found.stats.backend == ("daqp",)
+    assert found["u"] == pytest.approx(expected["u"], abs=1e-9)
+    (mine,), (theirs,) = found.dual.inequality.values(), expected.dual.inequality.values()
+    assert mine == pytest.approx(unit * theirs, abs=1e-9 * unit)
+
+
+def points_of(batch: Batch) -> Points:
+    found = ADAPTERS["daqp"].solve_batch(batch)
+    assert isinstance(found, Points)
+    return found
+
+
+def test_points_are_those_of_a_list() -> None:
+    batch = make_batch(random_qp(6, 2, 4, seed=1, batch=(3,)), "active-set")
+    stacked = points_of(batch)
+    listed = Points.of(batch.program, list(stacked), batch.initial)
+    for name, value in vars(stacked).items():
+        there = getattr(listed, name)
+        assert (
+            np.array_equal(value, there, equal_nan=True) if isinstance(value, np.ndarray) else value == there
+        )
+    turned = Points.joined([stacked.take([2]), stacked[:2]])
+    assert np.array_equal(turned.primal, stacked.primal[[2, 0, 1]])
+    turned.put(0, Point(np.ones(6), Status.INFEASIBLE, message="none"))
+    assert turned[0].equality is None
+    assert turned[0].status is Status.INFEASIBLE
+
+
+@pytest.mark.parametrize("name", ["primal", "equality", "inequality", "lower", "upper", "status", "message"])
+def test_points_of_another_shape_are_a_failure_that_says_which(name: str) -> None:
+    class Misshapen(BatchAdapter):
+        capabilities = ADAPTERS["daqp"].capabilities
+
+        def solve_all(self, batch: Batch) -> Points:
+            found = points_of(batch)
+            return replace(found, **{name: getattr(found, name)[1:]})
+
+    batch = make_batch(random_qp(6, 2, 4, seed=1, batch=(3,)), "active-set")
+    # A sample too few is no list of so many points at all.
+    points = Misshapen().attempt_batch(batch)
+    assert [point.status for point in points] == [Status.BACKEND_ERROR] * 3
+    assert all(name in point.message or "3 points" in point.message for point in points)
+
+
+def test_clarabel_is_given_no_zeros_of_a_dense_parameter() -> None:
+    """It looks at the pattern: with them 400 variables of a diagonal P took as long as a full one."""
+    n = 30
+    problem = ddn.quadratic_program(n, 0, 2)
+    p = {"P": torch.eye(n, dtype=torch.float64), "q": -torch.ones(n, dtype=torch.float64)}
+    p |= {"G": torch.eye(n, dtype=torch.float64)[:2], "h": torch.tensor([0.25, 2.0], dtype=torch.float64)}
+    seen: list[int] = []
+    clarabel = pytest.importorskip("clarabel")
+    inner = clarabel.DefaultSolver
+
+    def watched(P: Any, q: Any, A: Any, *rest: Any) -> Any:
+        seen.extend((P.nnz, A.nnz))
+        return inner(P, q, A, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clarabel, "DefaultSolver", watched)
+        found = ddn.solve(problem, p, solver="clarabel")
+    assert seen == [n, 2]
+    assert found["u"] == pytest.approx(torch.tensor([0.25] + [1.0] * (n - 1), dtype=torch.float64), abs=1e-9)
+
+
+def test_highs_below_cvxpy_does_not_go_round_in_circles_for_ever() -> None:
+    """Its active-set method for QPs has no limit of its own: it must come with one, and keep the caller's."""
+    adapter = ADAPTERS["cvxpy"]
+    batch = make_batch(random_qp(6, 2, 4, seed=1), "HIGHS")
+    assert adapter.native(batch)["qp_iteration_limit"] <= 100_000
+    limited = make_batch(random_qp(6, 2, 4, seed=1), "HIGHS", Options(max_iter=7))
+    assert adapter.native(limited)["qp_iteration_limit"] == 7
 
 
 def test_numbers_that_are_not_finite_are_no_point_of_casadi() -> None:

@@ -221,6 +221,20 @@ def test_an_inexact_linear_solver_shows_in_the_adjoint_residual() -> None:
     assert 1e-8 < found < 1e-4
 
 
+def test_a_large_adjoint_residual_is_not_ok() -> None:
+    """Half of the digits are wrong, and with them any gradient; point and multipliers are right."""
+
+    def wrong(matrix: torch.Tensor, rhs: torch.Tensor) -> torch.Tensor:
+        exact: torch.Tensor = torch.linalg.solve(matrix, rhs)
+        return exact * (1 + 1e-3)
+
+    x, point = vector(0.7, 0.5, -1.0), vector(0.6, 0.4, 0.0)
+    for solver, ok in (("dense", True), (wrong, False)):
+        certificate = certified(REGULAR, {"x": x}, point, linear_solver=solver)
+        assert bool(certificate.ok) is ok
+        assert not certificate.singular
+
+
 @pytest.mark.parametrize("power", [0, 4, 8])
 def test_the_condition_is_that_of_the_equilibrated_matrix(power: int) -> None:
     """1/2 u^T diag(1 .. 10^-k) u turned by a rotation, so that no scaling can mend it."""

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 import ddn_solvers as ddn
+from ddn_solvers.program import compile_program
 
 D = torch.float64
 SOLVERS = ("scipy:SLSQP", "cvxpy:CLARABEL", "casadi:ipopt")
@@ -1096,3 +1097,22 @@ def test_private_attributes_that_a_function_of_the_file_reads_are_seen():
 
 def private_gain(model):
     return model._gain
+
+
+@pytest.mark.parametrize("held", ["array", "tensor", "view"])
+def test_entries_of_a_large_constant_that_change_in_place_are_seen(held):
+    """Of 120,000; that of an array, or written through NumPy into a tensor, moves no version counter."""
+    entries = np.zeros((400, 300))
+    weights = {"array": entries, "tensor": torch.zeros(400, 300, dtype=D), "view": torch.from_numpy(entries)}[
+        held
+    ]
+    problem = ddn.Problem(
+        {"u": (300,)}, {"x": (300,)}, lambda u, x: (u - x - torch.as_tensor(weights)[7]).square().sum()
+    )
+    layer, x = ddn.DeclarativeLayer(problem), torch.zeros(300, dtype=D)
+    first = layer(x)
+    program = compile_program(problem)
+    layer(x)
+    assert compile_program(problem) is program, "traced anew although nothing changed"
+    (weights if held == "tensor" else entries)[7, 3] = 2.0
+    assert (layer(x) - first)[3] == 2.0

@@ -135,7 +135,7 @@ class Full(Operator):
         return Full(self.matrix[np.asarray(samples)])
 
     def largest(self) -> torch.Tensor:
-        return torch.from_numpy(largest(self.matrix, (1, 2)))
+        return torch.from_numpy(largest(self.matrix, 2))
 
     def row_norms(self) -> torch.Tensor:
         return torch.from_numpy(np.sqrt(np.einsum("bij,bij->bi", self.matrix, self.matrix)))
