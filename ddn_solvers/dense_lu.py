@@ -47,9 +47,11 @@ def _of_each(
 ) -> Sequence[torch.Tensor]:
     """``function`` of operands (..., n, m), the first of them square, whose batches broadcast."""
     matrices = operands[0]
-    batch = torch.broadcast_shapes(*(operand.shape[:-2] for operand in operands))
     sound = matrices.device.type != "cpu" or torch.get_num_threads() == 1 or matrices.shape[-1] < _WRONG_FROM
-    if sound or batch.numel() < 2:
+    if sound:
+        return function(*operands)
+    batch = torch.broadcast_shapes(*(operand.shape[:-2] for operand in operands))
+    if batch.numel() < 2:
         return function(*operands)
     flat = [operand.expand(*batch, -1, -1).flatten(0, -3) for operand in operands]
     found = zip(*(function(*one) for one in zip(*flat, strict=True)), strict=True)

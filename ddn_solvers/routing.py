@@ -36,7 +36,8 @@ def routes(solver: Solver, program: Program) -> list[Route]:
     """What to try, in order; at least one."""
     if isinstance(solver, str):
         if solver == "auto":
-            return _auto(program)
+            # What a name stands for does not change: none can be registered twice.
+            return program.memo("auto", lambda: _auto(program))
         return _named(solver, program)
     if not isinstance(solver, Sequence) or not solver or not all(isinstance(s, str) for s in solver):
         raise ProblemError(
