@@ -237,7 +237,8 @@ class Evaluation:
     @cached_property
     def steep(self) -> SteepBounds:
         """What the points have to do with bounds at which curvature has no limit."""
-        return SteepBounds(self, self._second)
+        # Of another evaluation: one that knows this would keep all arrays until the garbage collector comes.
+        return SteepBounds(Evaluation(self.program, self.bound, self.point, self.first), self._second)
 
     @property
     def jacobian(self) -> Array:
