@@ -33,6 +33,7 @@ from ddn_solvers.validation import callable_name
 
 if TYPE_CHECKING:
     from ddn_solvers.lowering.callbacks import CallbackFunctions
+    from ddn_solvers.lowering.linear_map import LinearMap
     from ddn_solvers.lowering.symbolic import SymbolicFunctions
 
 _LIFTED = "kink_magnitudes_"  # the variable that a lifted problem has besides its own
@@ -245,33 +246,49 @@ class Program(Evaluators):
     # -- evaluation --------------------------------------------------------------------------------
 
     def coefficients(self, parameters: Sequence[Array], batch: int | None = None) -> Coefficients:
-        """As ``Evaluators.coefficients``; H and J of large dense LPs and QPs as matrix products, in torch."""
-        if not self._multiplies:
+        """As ``Evaluators.coefficients``; H and J of large dense LPs and QPs gathered, or as matrix products in torch."""
+        if not self._large_and_dense:
+            return super().coefficients(parameters, batch)
+        maps = self.memo("probed", self._probed)
+        if maps is None and self._map("jacobian_map") is not None and self._map("hessian_map") is not None:
             return super().coefficients(parameters, batch)
         samples = max((len(p) for p in parameters if p.ndim == 2), default=batch or 1)
         f, gradient, c = self.at_zero(parameters, samples)
-        nonzeros = []
-        with temporarily_clear_interpreter_stack(), torch.inference_mode(False):
-            zero = torch.zeros(self.variables.size, dtype=torch.float64)
-            for i in range(samples):
-                p = [torch.tensor(block if block.ndim == 1 else block[i]) for block in parameters]
-                slopes = torch.func.grad(lambda z, p=p: self.evaluate(z, p)[0])
-                J = torch.func.jacrev(lambda z, p=p: self.evaluate(z, p)[1])(zero)
-                H = torch.func.jacrev(slopes)(zero)
-                nonzeros.append((self.jacobian_pattern.entries(J), self.hessian_pattern.entries(H)))
-        jacobian, hessian = (np.stack(each) for each in zip(*nonzeros, strict=True))
+        if maps is not None:
+            jacobian, hessian = (gather(parameters, samples) for gather in maps)
+        else:
+            rows = ([p if p.ndim == 1 else p[i] for p in parameters] for i in range(samples))
+            found = zip(*(self._multiplied(row) for row in rows), strict=True)
+            jacobian, hessian = (np.stack(nonzeros) for nonzeros in found)
         return Coefficients(f, gradient, c, jacobian, hessian)
 
+    def _multiplied(self, parameters: Sequence[Array]) -> tuple[Array, Array]:
+        """Nonzeros of J and H of one sample of an LP or QP, by torch."""
+        with temporarily_clear_interpreter_stack(), torch.inference_mode(False):
+            zero = torch.zeros(self.variables.size, dtype=torch.float64)
+            p = [torch.tensor(block) for block in parameters]
+            slopes = torch.func.grad(lambda z: self.evaluate(z, p)[0])
+            J = torch.func.jacrev(lambda z: self.evaluate(z, p)[1])(zero)
+            H = torch.func.jacrev(slopes)(zero)
+        return self.jacobian_pattern.entries(J), self.hessian_pattern.entries(H)
+
+    def _probed(self) -> tuple[LinearMap, ...] | None:
+        """What gathers both from the parameters, where they are of that kind."""
+        from ddn_solvers.lowering.linear_map import polynomial, probed_maps
+
+        functions: Any = self._functions
+        if not polynomial(functions.slopes):
+            return None
+        return probed_maps(self._multiplied, [block.size for block in self.parameters])
+
     @cached_property
-    def _multiplies(self) -> bool:
-        """Whether CasADi would multiply large dense matrices entry by entry."""
+    def _large_and_dense(self) -> bool:
+        """Whether CasADi would multiply large dense matrices of an LP or QP entry by entry."""
         if not self.quadratic or not self.compiled:
             return False
         patterns = [p for p in (self.hessian_pattern, self.jacobian_pattern) if p.nnz]
         nonzeros, entries = sum(p.nnz for p in patterns), sum(p.shape[0] * p.shape[1] for p in patterns)
-        if nonzeros < max(_MULTIPLIED, entries // 2):
-            return False
-        return self._map("jacobian_map") is None or self._map("hessian_map") is None
+        return nonzeros >= max(_MULTIPLIED, entries // 2)
 
     def quadratic_forms(self, parameters: Sequence[Array]) -> list[QuadraticForm]:
         """Coefficients at z = 0, one form a sample; exact for an LP or a QP."""

@@ -103,17 +103,42 @@ def quadratic(seed=0, batch=()):
     return {"P": L @ L.mT + torch.eye(6, dtype=D), "q": q, "A": A, "b": b, "G": G, "h": h}
 
 
+def of_pairs(u, w):
+    return u[:3] @ (w.reshape(3, 2) @ u[3:5]) + u.square().sum()  # each nonzero one parameter, twice in H
+
+
+def of_all(weight):
+    return ddn.Problem({"u": (6,)}, {"w": (6,)}, lambda u, w: weight(w) * u.sum().square())
+
+
+LARGE = {
+    "parametrised QP": (ddn.quadratic_program(6, 2, 3), True),
+    "LP": (ddn.linear_program(6, 2, 3), True),
+    "pairs": (ddn.Problem({"u": (6,)}, {"w": (6,)}, of_pairs, lambda u, w: 3 * w @ u - 1), True),
+    "products": (ddn.least_squares(6, 8), False),
+    "a square": (of_all(lambda w: w[0] * w[0]), False),
+    "three terms": (of_all(lambda w: w[:3].sum() + w[1]), False),
+    "a difference": (of_all(lambda w: w[0] - w[1]), False),
+    "a step": (of_all(lambda w: w[0].relu()), False),
+    "a quotient": (of_all(lambda w: 1 / (1 + w[0].square())), False),
+}
+
+
 @pytest.mark.usefixtures("multiplied")
 @pytest.mark.parametrize("shared", ["none", "first", "all"])
-def test_multiplied_matrices_are_the_evaluated_ones(shared):
-    program = compile_program(ddn.quadratic_program(6, 2, 3))
+@pytest.mark.parametrize("name", LARGE)
+def test_matrices_of_large_programs_are_the_evaluated_ones(name, shared):
+    """Gathered where each nonzero is one parameter or the sum of two; multiplied where not."""
+    problem, gathered = LARGE[name]
+    program = compile_program(problem)
     rng = np.random.default_rng(0)
     blocks = [rng.standard_normal((4, block.size)) for block in program.parameters]
     blocks = [b[0] if shared == "all" or (shared == "first" and i == 0) else b for i, b in enumerate(blocks)]
-    assert program._multiplies
+    assert program._large_and_dense
+    assert (program._probed() is not None) == gathered
     found, expected = program.coefficients(blocks, 4), Evaluators.coefficients(program, blocks, 4)
-    for name, values in vars(expected).items():
-        np.testing.assert_allclose(getattr(found, name), values, rtol=0, atol=1e-15)
+    for part, values in vars(expected).items():
+        np.testing.assert_allclose(getattr(found, part), values, rtol=1e-14, atol=1e-14)
 
 
 @pytest.mark.usefixtures("multiplied")
@@ -138,11 +163,13 @@ def test_multiplied_matrices_in_every_mode_of_torch():
         torch.testing.assert_close(found[i], one)
 
 
-def test_large_dense_programs_are_multiplied_and_small_or_sparse_ones_are_not():
-    assert compile_program(ddn.quadratic_program(250, 50, 300))._multiplies
-    assert not compile_program(ddn.quadratic_program(20, 5, 10))._multiplies
+def test_large_dense_programs_are_gathered_and_small_or_sparse_ones_are_not_asked():
+    program = compile_program(ddn.quadratic_program(250, 50, 300))
+    assert program._large_and_dense
+    assert program._probed() is not None
+    assert not compile_program(ddn.quadratic_program(20, 5, 10))._large_and_dense
     chain = ddn.Problem({"u": (90_000,)}, {"x": (90_000,)}, lambda u, x: (u - x).square().sum())
-    assert not compile_program(chain)._multiplies
+    assert not compile_program(chain)._large_and_dense
 
 
 STEPS = {

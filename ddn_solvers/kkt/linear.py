@@ -109,8 +109,7 @@ class Schur(LinearSolver):
             H = H + torch.diag_embed(d[:, : K.n])
         L, failed = torch.linalg.cholesky_ex(H)
         W = torch.linalg.solve_triangular(L, A.mT, upper=False)
-        w = W.numpy()
-        S = torch.from_numpy(np.matmul(w.transpose(0, 2, 1), w))  # NumPy makes use of symmetry
+        S = W.mT @ W
         S.diagonal(dim1=1, dim2=2).add_(d[:, K.n :].abs())
         R, failed_too = torch.linalg.cholesky_ex(S)
         good = (failed == 0) & (failed_too == 0) & _balanced(L) & _balanced(R)

@@ -11,6 +11,7 @@ or one sparse matrix a sample that holds the kept rows and columns alone.
 from __future__ import annotations
 
 import abc
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
@@ -103,9 +104,14 @@ class Dense(Operator):
         return self.matrix
 
 
+# Entries of a matrix up to which NumPy multiplies it by vectors: a batch of small ones takes a fraction of torch's time,
+# for large ones its BLAS takes threads of its own, which nobody limits.
+_SMALL = 9_000
+
+
 @dataclass(frozen=True)
 class Full(Operator):
-    """Arrays, in whichever order they lie; NumPy multiplies small matrices by vectors in a fraction of torch's time."""
+    """Arrays, in whichever order they lie."""
 
     matrix: Array
 
@@ -114,9 +120,13 @@ class Full(Operator):
         return self.matrix.shape[1], self.matrix.shape[2]
 
     def times(self, x: torch.Tensor) -> torch.Tensor:
+        if math.prod(self.shape) > _SMALL:
+            return Dense(self.dense()).times(x)
         return torch.from_numpy(np.matmul(self.matrix, x.numpy()[:, :, None])[:, :, 0])
 
     def transposed_times(self, y: torch.Tensor) -> torch.Tensor:
+        if math.prod(self.shape) > _SMALL:
+            return Dense(self.dense()).transposed_times(y)
         return torch.from_numpy(np.matmul(y.numpy()[:, None, :], self.matrix)[:, 0])
 
     def absolute(self) -> Full:

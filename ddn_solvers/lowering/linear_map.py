@@ -3,12 +3,12 @@
     nonzeros(p) = constant + sum_k coefficients_k * p[source_k]
 
 CasADi evaluates a constant Hessian as a product with each unit vector. Here it is found out once which parameters each
-nonzero is made of, and a batch is then a copy.
+nonzero is made of, and a batch is then a copy: from the expressions where they are small, else from values at a few points.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import casadi as ca
@@ -40,6 +40,30 @@ _ARITHMETIC = frozenset(
         ca.OP_INV,
     }
 )
+# And of matrices, moves and sums: what is made of these alone is a polynomial.
+_POLYNOMIAL = _ARITHMETIC - {ca.OP_DIV, ca.OP_INV} | {
+    ca.OP_ADDNONZEROS,
+    ca.OP_BILIN,
+    ca.OP_DIAGCAT,
+    ca.OP_DIAGSPLIT,
+    ca.OP_DOT,
+    ca.OP_EINSTEIN,
+    ca.OP_GETNONZEROS,
+    ca.OP_HORZCAT,
+    ca.OP_HORZREPMAT,
+    ca.OP_HORZREPSUM,
+    ca.OP_HORZSPLIT,
+    ca.OP_MTIMES,
+    ca.OP_PROJECT,
+    ca.OP_RANK1,
+    ca.OP_RESHAPE,
+    ca.OP_SETNONZEROS,
+    ca.OP_SPARSITY_CAST,
+    ca.OP_TRANSPOSE,
+    ca.OP_VERTCAT,
+    ca.OP_VERTSPLIT,
+}
+_EXACT = 1e-12  # relative error of a map at a point of its test that is rounding
 
 
 @dataclass(frozen=True)
@@ -120,6 +144,49 @@ def linear_map(nonzeros: ca.MX, parameters: Sequence[ca.MX], ones: Sequence[ca.M
         source = M.indices[entries].astype(np.intp)
         terms.append((source, None if (coefficients == 1).all() else coefficients))
     return LinearMap(constant.full().reshape(-1), blocks, tuple(terms))
+
+
+def probed_maps(
+    evaluate: Callable[[list[Array]], Sequence[Array]], sizes: Sequence[int]
+) -> tuple[LinearMap, ...] | None:
+    """The same of polynomials whose expressions are too large to take apart, where a nonzero is c p_i or c (p_i + p_j).
+
+    At p = 0, 1, k and k^2, k being the number of each parameter, such a nonzero tells c, i + j and i^2 + j^2. A polynomial
+    that is another one differs at a random point.
+
+    Args:
+        evaluate: Parameter blocks, (size,) each, to the nonzeros of several matrices, (nnz,) each.
+        sizes: Of the blocks.
+    """
+    total, cuts = sum(sizes), np.cumsum(sizes)[:-1]
+    numbers, random = np.arange(1.0, total + 1), np.random.default_rng(0).standard_normal(total)
+    points = (np.zeros(total), np.ones(total), numbers, numbers**2, random)
+    found = []
+    for zero, one, first, second, there in zip(*(evaluate(np.split(p, cuts)) for p in points), strict=True):
+        whole = one - zero
+        unit = np.where(whole != 0, whole, 1.0)
+        mean, square = (first - zero) / unit, (second - zero) / unit
+        apart = np.sqrt(np.maximum(square - mean**2, 0.0))
+        places = [np.rint(mean + sign * apart) - 1 for sign in (1, -1)]
+        if not all(np.isfinite(p).all() and (p >= -1).all() and (p < total).all() for p in places):
+            return None
+        sources = [np.maximum(p, 0).astype(np.intp) for p in places]
+        if (sources[0] == sources[1]).all():
+            terms: list[tuple[Index, Array | None]] = [(sources[0], None if (whole == 1).all() else whole)]
+        else:
+            terms = [(source, whole / 2) for source in sources]
+        candidate = LinearMap(zero, tuple(range(len(sizes))), tuple(terms))
+        (told,) = candidate(np.split(random, cuts), 1)
+        if not (np.abs(told - there) <= _EXACT * (1 + np.abs(there))).all():
+            return None
+        found.append(candidate)
+    return tuple(found)
+
+
+def polynomial(function: ca.Function) -> bool:
+    """Whether the outputs of an MX function are polynomials in its inputs, by the operations that it has."""
+    used = {function.instruction_id(k) for k in range(function.n_instructions())}
+    return used <= _POLYNOMIAL
 
 
 def _multiplications(function: ca.Function) -> int:
