@@ -375,3 +375,74 @@ def test_a_backend_prints_nothing(solver: str, tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, check=True)
     assert done.stdout == ""
+
+
+def box_qp(seed: int, twice: bool) -> tuple[Problem, dict[str, torch.Tensor]]:
+    """Convex, with two equalities, which may say the same, inequalities, and bounds on one side or both; one fixed."""
+    g, n = torch.Generator().manual_seed(seed), 12
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=g, dtype=torch.float64)
+
+    L, A, G, u = random(n, n), 1e3 * random(2, n), random(8, n), random(n)
+    A = torch.stack([A[0], 2 * A[0]]) if twice else A
+    upper = torch.cat([torch.full((n // 2,), torch.inf, dtype=torch.float64), u[n // 2 :] + 0.5])
+    lower = torch.cat([u[:1], u[1:] - 1.0])
+    upper[0] = lower[0]
+    problem = Problem(
+        {"u": (n,)},
+        {"q": (n,)},
+        lambda u, q: 0.5 * (L @ u).square().sum() + 0.05 * u.square().sum() + q @ u,
+        equality={"e": lambda u: A @ u - A @ start},
+        inequality={"i": lambda u: G @ u - G @ start - 0.5},
+        bounds={"u": (lower, upper)},
+    )
+    start = u
+    return problem, {"q": 10 * random(3, n)}
+
+
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("twice", [False, True], ids=["regular", "dependent"])
+@pytest.mark.parametrize("seed", range(4))
+def test_daqp_by_least_distance_finds_the_same(
+    seed: int, twice: bool, warm: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of 150 variables; dependent equalities are left to DAQP."""
+    module = import_module("ddn_adapters.daqp_")
+    problem, p = box_qp(seed, twice)
+    direct = ddn.solve(problem, p, solver="daqp")
+    found: list[bool] = []
+    inner = module._QP.solved_by_distance
+
+    def watched(self: Any, settings: Any) -> Any:
+        result = inner(self, settings)
+        found.append(result is not None)
+        return result
+
+    monkeypatch.setattr(module, "_LARGE", 1)
+    monkeypatch.setattr(module._QP, "solved_by_distance", watched)
+    reduced = ddn.solve(problem, p, solver="daqp", warm_start=direct if warm else None)
+    assert found == [not twice] * 3
+    assert reduced["u"] == pytest.approx(direct["u"], abs=1e-10)
+    if not twice:  # of dependent rows the multipliers are chosen
+        for side in ("equality", "inequality", "lower", "upper"):
+            for mine, theirs in zip(
+                getattr(reduced.dual, side).values(), getattr(direct.dual, side).values(), strict=True
+            ):
+                assert mine == pytest.approx(theirs, rel=1e-8, abs=1e-8)
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_daqp_by_least_distance_tells_infeasible_problems(
+    parallel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where nothing but rounding is left of a row beside the equality."""
+    monkeypatch.setattr("ddn_adapters.daqp_._LARGE", 1)
+    problem, g = ddn.quadratic_program(5, 1, 2), torch.Generator().manual_seed(2)
+    A, G = (torch.rand(rows, 5, generator=g, dtype=torch.float64) for rows in (1, 1))
+    G = torch.cat([A, -A]) if parallel else torch.cat([G, -G])
+    p = {"P": torch.eye(5, dtype=torch.float64), "q": torch.zeros(5, dtype=torch.float64), "A": A, "G": G}
+    p |= {"b": torch.ones(1, dtype=torch.float64)}
+    p |= {"h": torch.tensor([[0.5, -0.9], [1.5, 9.0]], dtype=torch.float64)}
+    found = ddn.solve(problem, p, solver="daqp", policy=ddn.Policy(on_failure="mask"))
+    assert found.status == (Status.INFEASIBLE, Status.OPTIMAL)
