@@ -41,6 +41,7 @@ from ddn_solvers.errors import (
     ProblemError,
     warn_caller,
 )
+from ddn_solvers.least_distance import LeastDistance
 from ddn_solvers.points import Point, Points, as_point, bound_multipliers
 from ddn_solvers.solution import Status
 from ddn_solvers.threads import Threads
@@ -62,6 +63,7 @@ __all__ = [
     "Dialect",
     "Feature",
     "Instance",
+    "LeastDistance",
     "Method",
     "Options",
     "OutOfTime",

@@ -4,13 +4,8 @@
 
 The same solver is in CasADi; called directly it takes a third of the time.
 
-It factors P and multiplies all rows by the factor itself, which for larger problems takes most of its time. LAPACK does
-that several times faster, and DAQP is then left with a problem of least distance. With P = L L^T, v = L^-1 q and
-z = L^-T (d - v), rows J become W^T, W = L^-1 J^T, and equalities E^T d = e are taken out of it:
-
-    minimise |d|^2 / 2   subject to   l <= W^T d <= u   shifted by W^T v
-    d = E y + d',   y = (E^T E)^-1 e,   C = (E^T E)^-1 E^T W,   l - W^T E y <= (W - E C)^T d' <= u - W^T E y
-    multipliers of the equalities:  -y - C lambda
+It begins by factoring P and multiplying all rows by the factor, which for larger problems takes most of its time: LAPACK
+does that several times faster, and leaves it a problem of least distance (``LeastDistance``).
 """
 
 from __future__ import annotations
@@ -27,6 +22,7 @@ from ddn_solvers.adapter import (
     Capabilities,
     Dialect,
     Feature,
+    LeastDistance,
     Method,
     Point,
     Points,
@@ -152,38 +148,20 @@ class _QP(NamedTuple):
         return z, np.asarray(info["lam"]), int(flag), int(info["iterations"])
 
     def solved_by_distance(self, settings: Mapping[str, Any]) -> _Found | None:
-        """The same, as above; ``None`` where P or the rows beside the equalities are not clearly regular."""
-        from scipy.linalg.blas import dtrsm, dtrsv
-        from scipy.linalg.lapack import dpotrf, dpotrs
-
+        """The same by a problem of least distance; ``None`` where P or the rows are not clearly regular."""
         P, q, J, lower, upper, sense, start = self
+        assert P is not None
+        assert q is not None
         equal, bounds = sense == _EQUALITY, len(lower) - len(J)
         free = ~equal & ((lower > -_NONE) | (upper < _NONE))
-        L, failed = dpotrf(P.T, lower=1, clean=0)  # type: ignore[union-attr]  # there is one
-        if failed or not free.any() or not _regular(L):
+        rows = np.concatenate([np.eye(bounds, len(q)), J])
+        least = LeastDistance.of(P, q, rows, upper, equal, free) if free.any() else None
+        if least is None:
             return None
-        W = dtrsm(1.0, L, np.concatenate([np.eye(bounds, len(L)), J]).T, lower=1)
-        v = dtrsv(L, q, lower=1)
-        E, F, shift = W[:, equal], W[:, free], v @ W
-        norms = np.sqrt((E**2).sum(axis=0))
-        E = E / np.where(norms > 0, norms, 1.0)
-        R, failed = dpotrf(E.T @ E, lower=1, clean=0) if equal.any() else (np.eye(0), 0)
-        if failed or not _regular(R):
-            return None
-        right = np.concatenate([((upper + shift)[equal] / norms)[:, None], E.T @ F], axis=1)
-        y, C = np.split(dpotrs(R, right, lower=1)[0] if equal.any() else right, [1], axis=1)
-        middle = (E @ y)[:, 0]
-        moved, rows = shift[free] - middle @ F, np.ascontiguousarray((F - E @ C).T)
-        if not ((rows**2).sum(axis=1) > _REGULAR**2 * (F**2).sum(axis=0)).all():
-            return None  # the equalities say the same, but for rounding
-        start = None if start is None else start[free]
-        left = _QP(None, None, rows, lower[free] + moved, upper[free] + moved, sense[free], start)
-        d, lam, flag, iterations = left.solved(settings)
-        forces = np.zeros(len(lower))
-        forces[free], forces[equal] = lam, -(y[:, 0] + C @ lam) / norms
-        return dtrsv(L, d + middle - v, lower=1, trans=1), forces, flag, iterations
-
-
-def _regular(factor: Array) -> bool:
-    pivots = np.abs(np.diagonal(factor))
-    return bool(pivots.min(initial=np.inf) > _REGULAR * pivots.max(initial=0.0))
+        start, shift = None if start is None else start[free], least.shift
+        left = _QP(None, None, least.rows, lower[free] - shift, upper[free] - shift, sense[free], start)
+        d, forces, flag, iterations = left.solved(settings)
+        lam = np.zeros(len(lower))
+        lam[free] = forces
+        z, lam[equal] = least.solution(d, forces)
+        return z, lam, flag, iterations
