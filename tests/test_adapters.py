@@ -407,7 +407,7 @@ def box_qp(seed: int, twice: bool) -> tuple[Problem, dict[str, torch.Tensor]]:
 def test_daqp_by_least_distance_finds_the_same(
     seed: int, twice: bool, warm: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As of 150 variables; dependent equalities are left to DAQP."""
+    """As of 250 variables; dependent equalities are left to DAQP."""
     module = import_module("ddn_adapters.daqp_")
     problem, p = box_qp(seed, twice)
     direct = ddn.solve(problem, p, solver="daqp")

@@ -47,7 +47,7 @@ _SETTINGS = (
 )
 _EQUALITY = 5  # how DAQP marks one
 _NONE = 1e30  # a side from which on it takes it for none
-_LARGE = 150  # variables from which LAPACK is faster at what DAQP begins with
+_LARGE = 250  # variables from which that pays: a seventh there, a third at 400
 _REGULAR = (
     1e-5  # ratio of the pivots of a Cholesky factor, or of lengths of a row, that is no reason for doubt
 )
