@@ -73,7 +73,8 @@ class LinearMap:
     Attributes:
         constant: (nnz,).
         blocks: Those that enter, end to end the vector that is gathered from.
-        terms: ``(source, coefficients)``, (nnz,) each; one, if ``None``. A nonzero without a term has coefficient 0.
+        terms: ``(source, coefficients)``, (nnz,) each; coefficients may be (1,), if all are the same, or ``None``, if
+            they are one. A nonzero without a term has coefficient 0.
     """
 
     constant: Array
@@ -174,7 +175,8 @@ def probed_maps(
         if (sources[0] == sources[1]).all():
             terms: list[tuple[Index, Array | None]] = [(sources[0], None if (whole == 1).all() else whole)]
         else:
-            terms = [(source, whole / 2) for source in sources]
+            same = bool((whole == whole[0]).all())
+            terms = [(source, whole[:1] / 2 if same else whole / 2) for source in sources]
         candidate = LinearMap(zero, tuple(range(len(sizes))), tuple(terms))
         (told,) = candidate(np.split(random, cuts), 1)
         if not (np.abs(told - there) <= _EXACT * (1 + np.abs(there))).all():
