@@ -8,8 +8,8 @@ d = V y + d' where V^T d' = 0, and what is left of the rest is
     minimise |d'|^2 / 2   subject to   l <= (W - V C)^T d' + s <= u
     y = (V^T V)^-1 (e + V^T v),   C = (V^T V)^-1 V^T W,   s = W^T (V y - v)
 
-with the multipliers lambda of the rest; those of the equalities are -y - C lambda. All of it is LAPACK's, in torch, whose
-threads a call limits.
+with the multipliers lambda of the rest; those of the equalities are -y - C lambda. Rows are divided by their lengths, and d'
+by the largest pivot of L where that is above one: a solver's tolerances are absolute. All of it is LAPACK's, in torch, whose threads a call limits.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ class LeastDistance:
     """The problem that is left.
 
     Attributes:
-        rows: (W - V C)^T, (k, n).
-        shift: s, (k,).
+        rows: Of length one, (k, n).
     """
 
     rows: Array
-    shift: Array
+    _shift: Array
+    _lengths: Array
+    _unit: float
     _L: torch.Tensor
     _origin: torch.Tensor  # V y - v
     _y: torch.Tensor
@@ -71,16 +72,31 @@ class LeastDistance:
             [1, len(W)], dim=1
         )
         origin, left = (y.mT @ V)[0] - v, W - C.mT @ V
-        lengths = torch.linalg.vector_norm(left, dim=1) > _REGULAR * torch.linalg.vector_norm(W, dim=1)
-        if not lengths.all():
+        lengths = torch.linalg.vector_norm(left, dim=1)
+        if not (lengths > _REGULAR * torch.linalg.vector_norm(W, dim=1)).all():
             return None  # the equalities say the same, but for rounding
-        return LeastDistance(left.numpy(), (W @ origin).numpy(), L, origin, y[:, 0], C, norms)
+        unit = max(1.0, float(L.diagonal().max()))
+        rows, shift = left / lengths.unsqueeze(1), W @ origin
+        arrays = (rows.numpy(), shift.numpy(), lengths.numpy())
+        return LeastDistance(*arrays, unit, L, origin, y[:, 0], C, norms)
 
-    def solution(self, d: Array, multipliers: Array) -> tuple[Array, Array]:
-        """z, (n,), and the multipliers of the equalities, of d' and lambda."""
-        there = (torch.from_numpy(d) + self._origin).unsqueeze(1)
+    def side(self, values: Array) -> Array:
+        """l or u of the problem that is left, of those of the QP, (k,)."""
+        found: Array = (values - self._shift) / (self._lengths * self._unit)
+        return found
+
+    def start(self, multipliers: Array) -> Array:
+        """Its multipliers, of those of the QP, (k,)."""
+        found: Array = multipliers * self._lengths / self._unit
+        return found
+
+    def solution(self, d: Array, multipliers: Array) -> tuple[Array, Array, Array]:
+        """z, (n,), and the multipliers of the QP's equalities and of the rest, of its d' and lambda."""
+        there = (self._unit * torch.from_numpy(d) + self._origin).unsqueeze(1)
         z = torch.linalg.solve_triangular(self._L.mT, there, upper=True)[:, 0]
-        return z.numpy(), (-(self._y + self._C @ torch.from_numpy(multipliers)) / self._norms).numpy()
+        lam = multipliers * self._unit / self._lengths
+        nu = -(self._y + self._C @ torch.from_numpy(lam)) / self._norms
+        return z.numpy(), nu.numpy(), lam
 
 
 def _regular(pivots: torch.Tensor) -> bool:

@@ -89,9 +89,9 @@ class Points(Sequence[Point]):
         """A list as one of these; what has not the shapes that it should have is a failure at ``initial``."""
         found = Points.at(program, initial, Status.BACKEND_ERROR)
         if isinstance(points, Points):
-            wrong = points._unlike(found)
+            own, wrong = points._own(found)
             found.message[:] = [wrong] * len(found)
-            return found if wrong else points
+            return found if own is None else own
         for i, (point, z) in enumerate(zip(points, initial, strict=True)):
             found.put(i, as_point(point, z, program.equality.size, program.inequality.size))
         return found
@@ -106,13 +106,22 @@ class Points(Sequence[Point]):
             whole[name] = [one for part in parts for one in getattr(part, name)]
         return Points(**whole)
 
-    def _unlike(self, other: Points) -> str:
-        """What has not the shape that it has there, if anything."""
-        for name, there in vars(other).items():
-            got, expected = np.shape(getattr(self, name)), np.shape(there)
+    def _own(self, like: Points) -> tuple[Points | None, str]:
+        """A copy in float64, or what has not the shape that it has in ``like``."""
+        parts: dict[str, Any] = {}
+        for name, there in vars(like).items():
+            try:
+                given: Any = getattr(self, name)
+                if isinstance(there, np.ndarray):
+                    parts[name] = np.asarray(given).astype(float, casting="same_kind", copy=True)
+                else:
+                    parts[name] = list(given)
+            except (TypeError, ValueError) as error:
+                return None, f"returned {name} that is no array of numbers, or no list: {error}"
+            got, expected = np.shape(given), np.shape(there)
             if got != expected:
-                return f"returned {name} of shape {got}, expected {expected}"
-        return ""
+                return None, f"returned {name} of shape {got}, expected {expected}"
+        return Points(**parts), ""
 
     def put(self, i: Any, point: Point) -> None:
         """Make ``point`` that of sample i."""

@@ -279,7 +279,10 @@ class Program(Evaluators):
         functions: Any = self._functions
         if not polynomial(functions.slopes):
             return None
-        return probed_maps(self._multiplied, [block.size for block in self.parameters])
+        maps = probed_maps(self._multiplied, [block.size for block in self.parameters])
+        told = {block for gather in maps or () for block in gather.blocks}
+        others = set(range(len(self.parameters))) - told
+        return None if any(functions.matrices_depend_on(block) for block in others) else maps
 
     @cached_property
     def _large_and_dense(self) -> bool:

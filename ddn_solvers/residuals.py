@@ -123,10 +123,13 @@ class Evaluation:
         if not self.program.quadratic:
             return self.at_known(point, Evaluation.at(self.program, self.bound, point).first)
         way = point.z - self.point.z
-        near = largest(way) <= _CLOSE_BY * largest(self.point.z)
         first, bends = self.first, self._second.times(way)
+        objective = first.objective + ((first.gradient + bends / 2) * way).sum(axis=1)
+        # Of each variable, or a small one would carry the rounding of where it was; nor may the objective vanish.
+        near = (np.abs(way) <= _CLOSE_BY * np.abs(self.point.z)).all(axis=1)
+        near &= np.abs(objective) >= np.abs(first.objective) / 2
         told = FirstOrder(
-            first.objective + ((first.gradient + bends / 2) * way).sum(axis=1),
+            objective,
             first.gradient + bends,
             first.constraints + self.J.times(way),
             first.jacobian,

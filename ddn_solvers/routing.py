@@ -36,8 +36,7 @@ def routes(solver: Solver, program: Program) -> list[Route]:
     """What to try, in order; at least one."""
     if isinstance(solver, str):
         if solver == "auto":
-            # What a name stands for does not change: none can be registered twice.
-            return program.memo("auto", lambda: _auto(program))
+            return _auto(program)
         return _named(solver, program)
     if not isinstance(solver, Sequence) or not solver or not all(isinstance(s, str) for s in solver):
         raise ProblemError(
@@ -89,6 +88,11 @@ def _auto_names(program: Program) -> tuple[str, ...]:
 
 
 def _auto(program: Program) -> list[Route]:
+    # What a name stands for does not change: none can be registered twice.
+    return program.memo("auto", lambda: _found_for(program))
+
+
+def _found_for(program: Program) -> list[Route]:
     found: list[Route] = []
     smooth = program.lifted or program
     attempts = [(name, smooth) for name in _auto_names(smooth)] if program.lifted else []

@@ -48,11 +48,15 @@ def _columns(J: Matrices) -> Array:
 
 
 def _columns_surely_alike(J: Matrices) -> bool:
-    """Whether norms say so already: |J_j|^2 <= m (largest entry)^2, rows having norm one and no entry above it."""
+    """Whether norms say so already.
+
+    With rows of norm one no entry is larger than with rows whose largest entry is one, and one of column j is at least
+    |J_j| / sqrt(m); there the largest of all is one. Where squares vanish or overflow nothing is said.
+    """
     rows = J.squared.row_sums()
-    columns = J.squared.transposed_times(1 / np.where(rows > 0, rows, 1.0))
-    smallest = np.where(columns > 0, columns, np.inf).min(axis=1, initial=np.inf)
-    return bool((smallest > J.shape[0] / _ALIKE**2).all())
+    if not ((rows > 1e-200) & (rows < 1e200)).all():
+        return False
+    return bool((J.squared.transposed_times(1 / rows) > J.shape[0] / _ALIKE**2).all())
 
 
 def _alike(values: Array) -> Mask:

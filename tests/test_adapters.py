@@ -285,6 +285,36 @@ def test_points_of_another_shape_are_a_failure_that_says_which(name: str) -> Non
     assert all(name in point.message or "3 points" in point.message for point in points)
 
 
+def test_points_are_copied_as_numbers() -> None:
+    batch = make_batch(random_qp(6, 2, 4, seed=1, batch=(2,)), "active-set")
+    given = Points.at(batch.program, batch.initial, Status.OPTIMAL)
+    whole = replace(given, primal=np.arange(12).reshape(2, 6), status=tuple(given.status))
+    whole.primal.setflags(write=False)
+    found = Points.of(batch.program, whole, batch.initial)
+    assert found.primal.dtype == np.float64
+    found.primal[0], found.status[0] = 0.0, Status.NUMERICAL_ERROR
+    assert whole.primal[0, 1] == 1
+    refused = Points.of(batch.program, replace(given, primal=given.primal + 1j), batch.initial)
+    assert refused.status == [Status.BACKEND_ERROR] * 2
+    assert "primal" in refused.message[0]
+
+
+@pytest.mark.parametrize(("objective", "row"), [(1e10, 1.0), (1.0, 1e-6), (1.0, 1e6), (1e-6, 1.0)])
+def test_daqp_by_least_distance_keeps_rows_in_any_unit(
+    objective: float, row: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DAQP drops rows that are short beside one: they are given at length one."""
+    monkeypatch.setattr("ddn_adapters.daqp_._LARGE", 1)
+    g, n = torch.Generator().manual_seed(0), 8
+    L, A, G = (torch.randn(*size, generator=g, dtype=torch.float64) for size in ((n, n), (3, n), (10, n)))
+    u, q = (torch.randn(n, generator=g, dtype=torch.float64) for _ in range(2))
+    p = {"P": objective * (L @ L.T + torch.eye(n, dtype=torch.float64)), "q": objective * 10 * q}
+    p |= {"A": row * A, "b": row * A @ u, "G": row * G, "h": row * (G @ u + 0.1)}
+    found = ddn.solve(ddn.quadratic_program(n, 3, 10), p, solver="daqp")
+    expected = ddn.solve(ddn.quadratic_program(n, 3, 10), p, solver="casadi:ipopt")
+    assert found["u"] == pytest.approx(expected["u"], abs=1e-8)
+
+
 def test_clarabel_is_given_no_zeros_of_a_dense_parameter() -> None:
     """It looks at the pattern: with them 400 variables of a diagonal P took as long as a full one."""
     n = 30

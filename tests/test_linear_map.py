@@ -121,6 +121,8 @@ LARGE = {
     "a difference": (of_all(lambda w: w[0] - w[1]), False),
     "a step": (of_all(lambda w: w[0].relu()), False),
     "a quotient": (of_all(lambda w: 1 / (1 + w[0].square())), False),
+    "a small product": (of_all(lambda w: 1e-13 * w[0] * w[1]), False),
+    "a product beside one": (of_all(lambda w: w[0] + 1e-14 * w[0] * w[1]), False),
 }
 
 
@@ -139,6 +141,31 @@ def test_matrices_of_large_programs_are_the_evaluated_ones(name, shared):
     found, expected = program.coefficients(blocks, 4), Evaluators.coefficients(program, blocks, 4)
     for part, values in vars(expected).items():
         np.testing.assert_allclose(getattr(found, part), values, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.usefixtures("multiplied")
+def test_a_parameter_that_only_a_small_term_has_is_not_lost():
+    """A scale before a whole matrix, which all values together say nothing of; and one block beside another."""
+    for weight in (lambda s, w: 1e-20 * s * w[0], lambda s, w: w[0] + 1e-13 * s):
+        problem = ddn.Problem(
+            {"u": (6,)}, {"s": (), "w": (6,)}, lambda u, s, w, of=weight: of(s, w) * u.sum().square()
+        )
+        assert compile_program(problem)._probed() is None
+
+
+@pytest.mark.usefixtures("multiplied")
+def test_infinite_captured_bounds_do_not_enter_the_matrices():
+    lower = torch.full((6,), -torch.inf, dtype=D)
+    lower[5] = 0.5
+    lower.requires_grad_()
+    problem = ddn.Problem(
+        {"u": (6,)},
+        {"x": (6,)},
+        lambda u, x: (u - x).square().sum() + u.sum().square(),
+        bounds={"u": (lambda: lower, None)},
+    )
+    assert compile_program(problem)._probed() is not None
+    assert ddn.solve(problem, {"x": torch.zeros(6, dtype=D)})["u"][5] == 0.5
 
 
 @pytest.mark.usefixtures("multiplied")

@@ -277,3 +277,40 @@ def test_units_of_the_variables_of_a_nonlinear_problem(decades: int) -> None:
     for seed in range(4):
         for found, expected in zip(gradient(seed, decades), gradient(seed, 0), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(("far", "small"), [(1e8, 1e-8), (1e5, 1e-5), (1e4, 1e-7)])
+def test_a_small_variable_does_not_keep_the_rounding_of_where_it_began(far: float, small: float) -> None:
+    """Values close to where a point began are told from there: close in each variable."""
+    problem = ddn.Problem(
+        {"u": (2,)},
+        {"x": (2,)},
+        lambda u, x: 0.5 * ((u[0] - x[0]) / far).square(),
+        equality=lambda u, x: (u[1] - x[1]) / small,
+    )
+    x = torch.tensor([1.00001 * far, 1.2345678 * small], dtype=torch.float64)
+    start = torch.tensor([far, 1e5], dtype=torch.float64)
+    assert ddn.solve(problem, {"x": x}, initial=start)["u"].tolist() == pytest.approx(x.tolist(), rel=1e-14)
+
+
+def test_an_objective_that_vanishes_has_its_own_digits() -> None:
+    x = torch.tensor([1000.0, 2000.0], dtype=torch.float64)
+    problem = ddn.Problem({"u": (2,)}, {"x": (2,)}, lambda u, x: 1e8 * (u - x).square().sum() + 1e-6 * u[0])
+    found = ddn.solve(problem, {"x": x}, initial=x + 0.9)
+    assert float(found.objective) == pytest.approx(1e-3, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "rows", [[[1e-170, 1e-176]], [[1.0, 1e-165]], [[1e160, 1.0]], [[1.0, 1e-3], [0.0, 0.0]]]
+)
+def test_units_are_told_where_squares_vanish_or_overflow(rows: list[list[float]]) -> None:
+    J, H = np.array([rows]), np.zeros((1, 2, 2))
+    patterns = [
+        Pattern(M.shape[1:], np.arange(3) * M.shape[1], np.tile(np.arange(M.shape[1]), 2)) for M in (J, H)
+    ]
+    matrices = [
+        Matrices(p, M.transpose(0, 2, 1).reshape(1, -1)) for p, M in zip(patterns, (J, H), strict=True)
+    ]
+    units = units_of(matrices[1], matrices[0])
+    assert units is not None
+    assert np.isfinite(units).all()

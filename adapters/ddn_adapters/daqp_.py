@@ -40,6 +40,7 @@ _STATUS = {
     -6: Status.INFEASIBLE,  # more active constraints than variables
     -7: Status.TIME_LIMIT,
 }
+_TOO_MANY = -6
 # It would pass over others.
 _SETTINGS = (
     "primal_tol dual_tol zero_tol pivot_tol progress_tol cycle_tol iter_limit fval_bound eps_prox eta_prox rho_soft "
@@ -108,6 +109,8 @@ class DAQPAdapter(BatchAdapter):
             qp = _QP(P[i], slopes[i], J[i], lower[i], upper[i], sense[i], start)
             found = qp.solved_by_distance(settings) if P.shape[1] >= _LARGE else None
             z, lam, flag, iterations = found or qp.solved(settings)
+            if flag == _TOO_MANY:  # what it returns then is what was in memory
+                z, lam = batch.initial[i], np.full(len(lam), np.nan)
             points.primal[i], forces[i] = z, lam
             points.status[i] = _STATUS.get(flag, Status.NUMERICAL_ERROR)
             points.iterations[i], points.message[i] = iterations, f"daqp: {flag}"
@@ -158,10 +161,13 @@ class _QP(NamedTuple):
         least = LeastDistance.of(P, q, rows, upper, equal, free) if free.any() else None
         if least is None:
             return None
-        start, shift = None if start is None else start[free], least.shift
-        left = _QP(None, None, least.rows, lower[free] - shift, upper[free] - shift, sense[free], start)
+        below, above = (
+            np.where(np.abs(side[free]) < _NONE, least.side(side[free]), side[free])
+            for side in (lower, upper)
+        )
+        start = None if start is None else least.start(start[free])
+        left = _QP(None, None, least.rows, below, above, sense[free], start)
         d, forces, flag, iterations = left.solved(settings)
         lam = np.zeros(len(lower))
-        lam[free] = forces
-        z, lam[equal] = least.solution(d, forces)
+        z, lam[equal], lam[free] = least.solution(d, forces)
         return z, lam, flag, iterations

@@ -63,7 +63,7 @@ _POLYNOMIAL = _ARITHMETIC - {ca.OP_DIV, ca.OP_INV} | {
     ca.OP_VERTCAT,
     ca.OP_VERTSPLIT,
 }
-_EXACT = 1e-12  # relative error of a map at a point of its test that is rounding
+_EXACT, _TESTS = 1e-12, 3  # relative error of a map that is rounding, and points at which it is tested
 
 
 @dataclass(frozen=True)
@@ -153,36 +153,58 @@ def probed_maps(
     """The same of polynomials whose expressions are too large to take apart, where a nonzero is c p_i or c (p_i + p_j).
 
     At p = 0, 1, k and k^2, k being the number of each parameter, such a nonzero tells c, i + j and i^2 + j^2. A polynomial
-    that is another one differs at a random point.
+    that is another one differs at random points.
+    Blocks that no nonzero has told must not enter: see ``SymbolicFunctions.matrices_depend_on``.
 
     Args:
         evaluate: Parameter blocks, (size,) each, to the nonzeros of several matrices, (nnz,) each.
         sizes: Of the blocks.
     """
     total, cuts = sum(sizes), np.cumsum(sizes)[:-1]
-    numbers, random = np.arange(1.0, total + 1), np.random.default_rng(0).standard_normal(total)
-    points = (np.zeros(total), np.ones(total), numbers, numbers**2, random)
+    numbers, rng = np.arange(1.0, total + 1), np.random.default_rng(0)
+    # Of all sizes, so that no term hides behind another one.
+    tests = [rng.standard_normal(total) * 10.0 ** rng.uniform(-8, 8, total) for _ in range(_TESTS)]
+    points = (np.zeros(total), np.ones(total), numbers, numbers**2, *tests)
     found = []
-    for zero, one, first, second, there in zip(*(evaluate(np.split(p, cuts)) for p in points), strict=True):
-        whole = one - zero
-        unit = np.where(whole != 0, whole, 1.0)
-        mean, square = (first - zero) / unit, (second - zero) / unit
-        apart = np.sqrt(np.maximum(square - mean**2, 0.0))
-        places = [np.rint(mean + sign * apart) - 1 for sign in (1, -1)]
-        if not all(np.isfinite(p).all() and (p >= -1).all() and (p < total).all() for p in places):
+    for values in zip(*(evaluate(np.split(p, cuts)) for p in points), strict=True):
+        zero, one, first, second, *others = values
+        candidate = _decoded(zero, one, first, second, sizes)
+        if candidate is None:
             return None
-        sources = [np.maximum(p, 0).astype(np.intp) for p in places]
-        if (sources[0] == sources[1]).all():
-            terms: list[tuple[Index, Array | None]] = [(sources[0], None if (whole == 1).all() else whole)]
-        else:
-            same = bool((whole == whole[0]).all())
-            terms = [(source, whole[:1] / 2 if same else whole / 2) for source in sources]
-        candidate = LinearMap(zero, tuple(range(len(sizes))), tuple(terms))
-        (told,) = candidate(np.split(random, cuts), 1)
-        if not (np.abs(told - there) <= _EXACT * (1 + np.abs(there))).all():
-            return None
+        for test, there in zip(tests, others, strict=True):
+            (told,) = candidate(np.split(test, cuts), 1)
+            if not (np.abs(told - there) <= _EXACT * np.abs(there)).all():
+                return None
         found.append(candidate)
     return tuple(found)
+
+
+def _decoded(zero: Array, one: Array, first: Array, second: Array, sizes: Sequence[int]) -> LinearMap | None:
+    """What values at p = 0, 1, k and k^2 tell."""
+    whole, total = one - zero, sum(sizes)
+    unit = np.where(whole != 0, whole, 1.0)
+    mean, square = (first - zero) / unit, (second - zero) / unit
+    apart = np.sqrt(np.maximum(square - mean**2, 0.0))
+    places = [np.rint(mean + sign * apart) - 1 for sign in (1, -1)]
+    if not all(np.isfinite(p).all() and (p >= -1).all() and (p < total).all() for p in places):
+        return None
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    where = [np.searchsorted(starts, np.maximum(p, 0), side="right") - 1 for p in places]
+    used = np.unique(np.concatenate([block[whole != 0] for block in where]))
+    offsets = np.zeros(len(sizes), dtype=np.intp)
+    offsets[used] = starts[used] - np.concatenate([[0], np.cumsum(np.asarray(sizes)[used])])[:-1]
+    sources = [
+        np.where(whole != 0, p - offsets[block], 0).astype(np.intp)
+        for p, block in zip(places, where, strict=True)
+    ]
+    coefficients = whole[:1] if (whole == whole[:1]).all() else whole
+    if not used.size:
+        terms: list[tuple[Index, Array | None]] = []
+    elif (sources[0] == sources[1]).all():
+        terms = [(sources[0], None if (whole == 1).all() else coefficients)]
+    else:
+        terms = [(source, coefficients / 2) for source in sources]
+    return LinearMap(zero, tuple(int(block) for block in used), tuple(terms))
 
 
 def polynomial(function: ca.Function) -> bool:

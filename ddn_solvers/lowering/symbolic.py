@@ -137,6 +137,12 @@ class SymbolicFunctions:
         outputs = ca.graph_substitute([self.f, self.gradient, self.c], [self.z], zero)
         return ca.Function("origin", self.p, [ca.densify(output) for output in outputs])
 
+    def matrices_depend_on(self, block: int) -> bool:
+        """Whether second derivatives of f, or first ones of c, depend on a parameter block by their expressions."""
+        v = ca.MX.sym("v", self.z.numel())
+        along = ca.vertcat(ca.jtimes(self.gradient, self.z, v), ca.jtimes(self.c, self.z, v))
+        return bool(ca.depends_on(along, self.p[block]))
+
     @cached_property
     def jacobian_map(self) -> LinearMap | None:
         """The Jacobian's nonzeros, where they are affine in the parameters and depend on nothing else."""
