@@ -41,9 +41,8 @@ _SEQUENCES = (list, tuple, deque)
 _OF_MODULES = frozenset(key for key in vars(torch.nn.Module()) if key.startswith("_"))
 _MAX_DEPTH = 12
 _MAX_OBJECTS = 20_000  # a captured data set is not searched to its last item
-_MAX_COMPARED = (
-    100_000  # entries of a constant up to which its content is compared, not only a checksum of it
-)
+# Entries of a constant up to which its content is compared, not only a checksum of it.
+_MAX_COMPARED = 100_000
 # Packages whose functions and objects hold no captures of the user's.
 _FOREIGN = (
     "torch",

@@ -111,7 +111,7 @@ class Evaluators:
         Args:
             batch: Number of samples, unless the parameters tell.
         """
-        samples = max((len(p) for p in parameters if p.ndim == 2), default=batch or 1)
+        samples = samples_of(parameters, batch or 1)
         zero = np.zeros((samples, self.jacobian_pattern.shape[1]))
         constant = self._map("jacobian_map")
         if constant is None:
@@ -142,7 +142,7 @@ class Evaluators:
         z = _batched(z)
         constant = self._map("hessian_map")
         if constant is not None:
-            batch = max((len(p) for p in parameters if p.ndim == 2), default=len(z))
+            batch = samples_of(parameters, len(z))
             nonzeros = constant(parameters, max(batch, len(z)))
             return nonzeros if objective == 1.0 else objective * nonzeros
         sigma = np.full((len(z), 1), objective)
@@ -193,6 +193,11 @@ class Evaluators:
         key = ("nodes", *(node.name for node in nodes))
         kernel = self.memo(key, lambda: Kernel(self._functions.nodes(nodes)))  # type: ignore[union-attr]  # only where there is a graph
         return kernel(*parameters)
+
+
+def samples_of(parameters: Sequence[Array], otherwise: int) -> int:
+    """How many samples parameter blocks are of; ``otherwise``, where all are shared."""
+    return max((len(p) for p in parameters if p.ndim == 2), default=otherwise)
 
 
 def _batched(z: Array) -> Array:

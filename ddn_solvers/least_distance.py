@@ -9,7 +9,8 @@ d = V y + d' where V^T d' = 0, and what is left of the rest is
     y = (V^T V)^-1 (e + V^T v),   C = (V^T V)^-1 V^T W,   s = W^T (V y - v)
 
 with the multipliers lambda of the rest; those of the equalities are -y - C lambda. Rows are divided by their lengths, and d'
-by the largest pivot of L where that is above one: a solver's tolerances are absolute. All of it is LAPACK's, in torch, whose threads a call limits.
+by the largest pivot of L where that is above one: a solver's tolerances are absolute. All of it is LAPACK's, in torch, whose
+threads a call limits.
 """
 
 from __future__ import annotations
@@ -21,9 +22,8 @@ import torch
 
 from ddn_solvers.arrays import Array, Mask
 
-_REGULAR = (
-    1e-5  # ratio of the pivots of a Cholesky factor, or of lengths of a row, that is no reason for doubt
-)
+# Ratio of the pivots of a Cholesky factor, or of a row's length to what it was, that is no reason for doubt.
+_REGULAR = 1e-5
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from ddn_solvers.agreement import disagreement
 from ddn_solvers.arrays import Array
 from ddn_solvers.captures import Overrides
 from ddn_solvers.errors import ProblemError
-from ddn_solvers.evaluators import Coefficients, Evaluators
+from ddn_solvers.evaluators import Coefficients, Evaluators, samples_of
 from ddn_solvers.inertia import positive_definite
 from ddn_solvers.layout import Block, Layout
 from ddn_solvers.pieces import Kink, Pieces, find_pieces, lift
@@ -252,7 +252,7 @@ class Program(Evaluators):
         maps = self.memo("probed", self._probed)
         if maps is None and self._map("jacobian_map") is not None and self._map("hessian_map") is not None:
             return super().coefficients(parameters, batch)
-        samples = max((len(p) for p in parameters if p.ndim == 2), default=batch or 1)
+        samples = samples_of(parameters, batch or 1)
         f, gradient, c = self.at_zero(parameters, samples)
         if maps is not None:
             jacobian, hessian = (gather(parameters, samples) for gather in maps)

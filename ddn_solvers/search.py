@@ -16,6 +16,7 @@ from ddn_solvers.binding import check_finite
 from ddn_solvers.derived import scaled, with_extra
 from ddn_solvers.diagnosis import diagnose, nearest_feasible
 from ddn_solvers.errors import BackendCannotSolve
+from ddn_solvers.evaluators import samples_of
 from ddn_solvers.kkt.multipliers import NEARLY_ON_KINK, least_squares_multipliers, with_kink_forces
 from ddn_solvers.kkt.polish import polish
 from ddn_solvers.kkt.verify import Verified, judge, verify, verify_from
@@ -111,7 +112,7 @@ class Search:
     def _find(self, parameters: tuple[Array, ...]) -> Verified:
         program = self.program
         check_finite(program, parameters)
-        samples = max((len(p) for p in parameters if p.ndim == 2), default=self.samples)
+        samples = samples_of(parameters, self.samples)
         bound = Bound.of(program, parameters, samples)
         lower, upper = bound.lower, bound.upper
         given = self._given = self.start(Start.GIVEN, lower, upper)

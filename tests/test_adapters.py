@@ -253,6 +253,21 @@ def points_of(batch: Batch) -> Points:
     return found
 
 
+def test_daqp_that_gives_up_has_no_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With more active constraints than variables it returns what was in memory."""
+    daqp = pytest.importorskip("daqp")
+
+    def gives_up(P: Any, q: Any, J: Any, upper: Any, *_: Any, **settings: Any) -> Any:
+        return np.full(len(q), 7e22), 0.0, -6, {"lam": np.full(len(upper), 3e11), "iterations": 4}
+
+    monkeypatch.setattr(daqp, "solve", gives_up)
+    batch = make_batch(random_qp(6, 2, 4, seed=1, batch=(2,)), "active-set")
+    points = points_of(batch)
+    assert points.status == [Status.INFEASIBLE] * 2
+    assert np.array_equal(points.primal, batch.initial)
+    assert points.multipliers(bounded=batch.program.bounded)[1].all()
+
+
 def test_points_are_those_of_a_list() -> None:
     batch = make_batch(random_qp(6, 2, 4, seed=1, batch=(3,)), "active-set")
     stacked = points_of(batch)

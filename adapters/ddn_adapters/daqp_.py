@@ -40,7 +40,7 @@ _STATUS = {
     -6: Status.INFEASIBLE,  # more active constraints than variables
     -7: Status.TIME_LIMIT,
 }
-_TOO_MANY = -6
+_TOO_MANY = -6  # that one
 # It would pass over others.
 _SETTINGS = (
     "primal_tol dual_tol zero_tol pivot_tol progress_tol cycle_tol iter_limit fval_bound eps_prox eta_prox rho_soft "
@@ -48,10 +48,7 @@ _SETTINGS = (
 )
 _EQUALITY = 5  # how DAQP marks one
 _NONE = 1e30  # a side from which on it takes it for none
-_LARGE = 250  # variables from which that pays: a seventh there, a third at 400
-_REGULAR = (
-    1e-5  # ratio of the pivots of a Cholesky factor, or of lengths of a row, that is no reason for doubt
-)
+_LARGE = 250  # variables from which the problem of least distance pays: a seventh there, a third at 400
 
 _Found = tuple[Array, Array, int, int]  # z, multipliers of [bounds; rows], DAQP's word, iterations
 

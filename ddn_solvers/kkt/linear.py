@@ -115,14 +115,14 @@ class Schur(LinearSolver):
         good = (failed == 0) & (failed_too == 0) & _balanced(L) & _balanced(R)
         others = (~good).nonzero()[:, 0]
         lu = DenseLU()
-        return L, W, R, others, lu, lu.init(K.take(others)) if len(others) else None
+        return L, Full(W.numpy()), R, others, lu, lu.init(K.take(others)) if len(others) else None
 
     def convex(self, state: Any) -> bool:
         return len(state[3]) == 0
 
     def compute(self, state: Any, rhs: torch.Tensor) -> torch.Tensor:
         L, W, R, others, lu, factors = state
-        n, column, W = L.shape[-1], rhs.unsqueeze(-1), Full(W.numpy())
+        n, column = L.shape[-1], rhs.unsqueeze(-1)
         u = torch.linalg.solve_triangular(L, column[:, :n], upper=False)
         lifted = W.transposed_times(u.squeeze(-1)).unsqueeze(-1)
         t = torch.cholesky_solve(lifted - column[:, n:], R)

@@ -153,8 +153,8 @@ def probed_maps(
     """The same of polynomials whose expressions are too large to take apart, where a nonzero is c p_i or c (p_i + p_j).
 
     At p = 0, 1, k and k^2, k being the number of each parameter, such a nonzero tells c, i + j and i^2 + j^2. A polynomial
-    that is another one differs at random points.
-    Blocks that no nonzero has told must not enter: see ``SymbolicFunctions.matrices_depend_on``.
+    that is another one differs at random points. Blocks that no nonzero has told must not enter any: that has to be asked of
+    the expressions, see ``SymbolicFunctions.matrices_depend_on``.
 
     Args:
         evaluate: Parameter blocks, (size,) each, to the nonzeros of several matrices, (nnz,) each.

@@ -15,6 +15,7 @@ import torch
 
 from ddn_solvers.adapter import Adapter, BackendCannotSolve, Batch, Feature, Options, Point
 from ddn_solvers.arrays import Array
+from ddn_solvers.evaluators import samples_of
 from ddn_solvers.layout import Layout
 from ddn_solvers.program import compile_program
 from ddn_solvers.testing.cases import Case, Tensors
@@ -34,7 +35,7 @@ def make_batch(case: Case, method: str, options: Options | None = None) -> Batch
         else:
             parameters.append(value.reshape(-1).numpy())
     parameters += [t.detach().double().reshape(-1).numpy() for t in program.graph.read_captures(None)]
-    samples = max((p.shape[0] for p in parameters if p.ndim == 2), default=1)
+    samples = samples_of(parameters, 1)
     n = program.variables.size
     lower, upper = (np.array(np.broadcast_to(side, (samples, n))) for side in program.bounds(parameters))
     start = np.zeros(n) if case.initial is None else _flat(program.variables, case.initial, 1)[0]
